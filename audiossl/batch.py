@@ -1,0 +1,49 @@
+"""What travels from the loader to a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Skipped(NamedTuple):
+    """Name a clip that could not be read, and its row of the global batch."""
+
+    key: str
+    shard: str
+    reason: str
+    row: int
+
+
+@dataclass
+class Batch:
+    """Hold B clips of one micro-batch.
+
+    `rows` are the clips' positions within the optimiser step's *global* batch (all ranks and micro-batches): noise is
+    drawn for the global batch and each clip takes its row, so it does not matter who computes it. A clip that could not
+    be read is left out, which is why rows may have gaps.
+    """
+
+    waveform: Tensor | None = None  # (B, S) float in [-1, 1], or int16 as the loader delivers it
+    num_samples: Tensor | None = None  # (B,) int64, samples before any padding
+    spectrogram: Tensor | None = None  # (B, 1, F, T), for a caller who has no waveform
+    rows: Tensor | None = None  # (B,) int64
+    key: list[str] = field(default_factory=list)
+    target: Tensor | None = None
+    skipped: list[Skipped] = field(default_factory=list)  # the clips left out
+
+    def __len__(self) -> int:
+        first = self.waveform if self.waveform is not None else self.spectrogram
+        return 0 if first is None else len(first)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Move every tensor."""
+        moved = {n: v.to(device, non_blocking=non_blocking) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor, as a `DataLoader` with `pin_memory` asks."""
+        return replace(self, **{n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)})

@@ -1,0 +1,47 @@
+"""Where does the randomness of a step come from?
+
+From (seed, step) alone. Numbers are drawn for the *global* batch and every clip takes the row at its position, so one
+process with 16 clips and two with 8 see the same masks, and a resumed run sees those of the run it resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def mix_seed(*parts: int | str) -> int:
+    """Derive a 63-bit seed from integers and words, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Noise:
+    """Draw random numbers for the rows of one micro-batch.
+
+    `rows` (B,) int64 are positions within the global batch of `num_rows` clips. Calls must come in the same order in
+    every process, which they do when all run the same method.
+    """
+
+    def __init__(self, seed: int, step: int, rows: Tensor, num_rows: int, device: torch.device | str = "cpu"):
+        assert len(rows) == 0 or int(rows.max()) < num_rows, "a row lies outside the global batch"
+        self.rows = rows.to(device)
+        self.num_rows = num_rows
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(mix_seed(seed, step))
+
+    @classmethod
+    def for_batch(cls, seed: int, step: int, batch_size: int, device: torch.device | str = "cpu") -> Noise:
+        """Serve a batch that is the whole global batch: scripts, validation, tests."""
+        return cls(seed, step, torch.arange(batch_size), batch_size, device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw float32 in [0, 1): (B, *shape)."""
+        everyone = torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device)
+        return everyone[self.rows]
+
+    def randint(self, high: int) -> int:
+        """Draw one integer in [0, high), shared by the global batch."""
+        return int(torch.randint(high, (1,), generator=self.generator, device=self.device))

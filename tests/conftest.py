@@ -1,0 +1,28 @@
+"""Shared fixtures: the golden cases of the published code, and real audio."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("AUDIOSSL_SHARED", ROOT.parent / "shared"))  # the full golden set, where there is one
+
+
+def golden_cases(pattern: str) -> list[Path]:
+    """List the case folders matching `pattern`: those committed, and all of the full set where it is present."""
+    found = {}
+    for folder in (ROOT / "tests" / "golden", SHARED / "golden"):
+        for case in sorted(folder.glob(pattern)):
+            found.setdefault(case.name, case)
+    assert found, f"no golden case matches {pattern}"
+    return list(found.values())
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    return val.name if isinstance(val, Path) else None
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
