@@ -1,0 +1,180 @@
+"""Where in the shards is each clip, and what is known of it, without opening a single tar?
+
+One `index.safetensors` beside the shards holds a column per fact (shard, byte offset and size of the audio, frames,
+labels ...) as plain arrays, so two million clips load in seconds and cost no Python object each. A clip is then one
+seek and read: no tar header is parsed while training, and a cut or replaced shard is found at the start.
+"""
+
+import argparse
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from audiossl.audio import EXTENSIONS
+from audiossl.errors import UserError
+from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
+from audiossl.shardpaths import find_index, index_command
+
+
+class Index:
+    """Look up clips 0..len-1 of packed shards; build it with `load`.
+
+    Arrays over clips: `offset`, `size` (bytes of the encoded audio in its shard), `num_frames`, `seconds`, `rate_hz`,
+    `channels`, `fold` (-1 for none), `shard` (position in `shards`, a list of paths). `vocabulary` and `splits` list
+    names; `corpus_hash` (hex) changes with any byte of any shard in use; `meta` is the header as written.
+    """
+
+    def __init__(self, *, columns: dict[str, np.ndarray], meta: dict, path: Path):
+        self.path, self.meta, self._columns = path, meta, columns
+        self.shards = [Path(os.path.abspath(path.parent / shard["name"])) for shard in meta["shards"]]
+        self.vocabulary: list[str] = meta["vocabulary"]
+        self.splits: list[str] = meta["splits"]
+        self.corpus_hash: str = corpus_hash(meta["shards"])
+        self.shard, self.offset, self.size = columns["shard"], columns["offset"], columns["size"]
+        self.num_frames, self.seconds = columns["num_frames"], columns["seconds"]
+        self.rate_hz, self.channels, self.fold = columns["rate_hz"], columns["channels"], columns["fold"]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Index":
+        """Load the index of a folder, an index file, or the shards a glob names (`DIR/shard-{000000..000003}.tar`).
+
+        A glob of some of the shards selects their clips. Raises UserError for a glob that matches nothing, shards
+        without an index, a shard that is missing or has another size than the index says, and a damaged index.
+        """
+        index_path, wanted = find_index(os.fspath(path))
+        columns, meta = read_index(index_path)
+        index = cls(columns=columns, meta=meta, path=index_path)
+        if wanted is not None:
+            index = index._restrict(wanted, os.fspath(path))
+        index._check_shards()
+        return index
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def key(self, i: int) -> str:
+        """Return the key of clip `i`: unique in the corpus."""
+        start, end = _span(self._columns["key_ends"], i)
+        return self._columns["key_bytes"][start:end].tobytes().decode("utf-8", "surrogateescape")
+
+    def label_ids(self, i: int) -> np.ndarray:
+        """Return positions in `vocabulary` (int32), none for an unlabelled clip."""
+        start, end = _span(self._columns["label_ends"], i)
+        return self._columns["label_ids"][start:end]
+
+    def labels(self, i: int) -> list[str]:
+        """Return the label names of clip `i`."""
+        return [self.vocabulary[label] for label in self.label_ids(i)]
+
+    def shard_path(self, i: int) -> Path:
+        """Return the tar that holds clip `i`."""
+        return self.shards[self.shard[i]]
+
+    def extension(self, i: int) -> str:
+        """Return the audio's file extension, such as `flac`."""
+        return EXTENSIONS[self._columns["extension"][i]]
+
+    def split(self, i: int) -> str | None:
+        """Return the split of clip `i`, None where it has none."""
+        code = self._columns["split"][i]
+        return None if code < 0 else self.splits[code]
+
+    def read(self, i: int) -> bytes:
+        """Read the encoded audio of clip `i`."""
+        with open(self.shard_path(i), "rb") as shard:
+            shard.seek(int(self.offset[i]))
+            return shard.read(int(self.size[i]))
+
+    def read_meta(self, i: int) -> dict:
+        """Read the JSON member after clip `i`'s audio, {} where there is none; for some clips, not for each of many."""
+        with open(self.shard_path(i), "rb") as shard:
+            shard.seek(int(self.offset[i]) + -(-int(self.size[i]) // 512) * 512)
+            try:
+                with tarfile.open(fileobj=shard, mode="r|") as tar:
+                    member = tar.next()
+                    if member is None or not member.isfile() or member.name != f"{self.key(i)}.json":
+                        return {}
+                    found = json.load(io.BytesIO(tar.extractfile(member).read(2**20)))
+            except (tarfile.TarError, ValueError):
+                return {}
+        return found if isinstance(found, dict) else {}
+
+    def select(self, split: str | None = None, folds: Sequence[int] | None = None) -> np.ndarray:
+        """Return ascending clip ids (int64) of a split and / or of some folds; all of them by default.
+
+        Raises UserError for a split or fold that no clip has, and when no clip is left.
+        """
+        chosen = np.ones(len(self), bool)
+        if split is not None:
+            if split not in self.splits:
+                raise UserError(f"split '{split}' is not in {self.path}; it has {self.splits or 'no splits'}")
+            chosen &= self._columns["split"] == self.splits.index(split)
+        if folds is not None:
+            there = np.unique(self.fold[self.fold >= 0]).tolist()
+            if absent := sorted(set(folds) - set(there)):
+                raise UserError(f"folds {absent} are not in {self.path}; it has {there or 'no folds'}")
+            chosen &= np.isin(self.fold, list(folds))
+        if not chosen.any():
+            raise UserError(f"0 of the {len(self)} clips in {self.path} have split={split} and folds={folds}")
+        return np.flatnonzero(chosen)
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256; raise UserError naming those that differ."""
+        pairs = zip(self.shards, self.meta["shards"], strict=True)
+        if damaged := [str(path) for path, shard in pairs if sha256_of(path) != shard["sha256"]]:
+            raise UserError(f"shards differ from {self.path}: {', '.join(damaged)}; fetch or pack them again")
+
+    def _restrict(self, wanted: list[Path], pattern: str) -> "Index":
+        position = {shard: i for i, shard in enumerate(self.shards)}
+        if absent := [str(shard) for shard in wanted if shard not in position]:
+            raise UserError(
+                f"{absent[0]} is not in {self.path} ({len(absent)} of {len(wanted)} shards are not); "
+                f"index them: {index_command(pattern)}"
+            )
+        if len(wanted) == len(self.shards):
+            return self
+        chosen = sorted(position[shard] for shard in wanted)
+        renumbered = np.full(len(self.shards), -1, np.int32)
+        renumbered[chosen] = np.arange(len(chosen), dtype=np.int32)
+        rows = np.flatnonzero(renumbered[self.shard] >= 0)
+        columns = {name: self._columns[name][rows] for name in COLUMNS if not name.endswith("_ends")}
+        columns["shard"] = renumbered[columns["shard"]]
+        for values, ends in (("key_bytes", "key_ends"), ("label_ids", "label_ends")):
+            columns[values], columns[ends] = take_ragged(self._columns[values], self._columns[ends], rows)
+        meta = {**self.meta, "shards": [self.meta["shards"][i] for i in chosen]}
+        return Index(columns=columns, meta=meta, path=self.path)
+
+    def _check_shards(self) -> None:
+        for path, shard in zip(self.shards, self.meta["shards"], strict=True):
+            if not path.is_file():
+                raise UserError(f"shard {path} is missing or no file (it is listed in {self.path})")
+            if not os.access(path, os.R_OK):
+                raise UserError(f"shard {path} may not be read; see its permissions")
+            if (size := path.stat().st_size) != shard["bytes"]:
+                raise UserError(
+                    f"shard {path} has {size} bytes where {self.path} says {shard['bytes']}: cut or replaced; fetch or "
+                    f"pack it again, or index what is there: {index_command(str(path.parent / '*.tar'))}"
+                )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `python -m audiossl index`."""
+    parser.add_argument("shards", metavar="GLOB", help="the shards, quoted: 'DIR/shard-*.tar' or 'DIR/{000..127}.tar'")
+    parser.add_argument("--out", type=Path, help="the index (default: index.safetensors in the shards' common folder)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Index a stranger's shards; return 1 when over 1 % of the samples, or the end of a shard, were left out."""
+    from audiossl.scan import index_shards  # the loader's workers import this module and need none of that
+
+    return index_shards(args.shards, args.out)
+
+
+def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
+    i = range(len(ends))[i]
+    return (int(ends[i - 1]) if i else 0), int(ends[i])

@@ -1,0 +1,98 @@
+"""Which shards does a glob mean, and which index belongs to them?
+
+Local paths only, and never a shell: `*`, `?`, `[]` and the braces of webdataset, `{000000..000007}` and `{a,b}`.
+"""
+
+import glob as globbing
+import os
+import re
+import shlex
+from pathlib import Path
+
+from audiossl.errors import UserError
+
+INDEX_NAME = "index.safetensors"
+_MAX_NAMES = 1_000_000  # braces such as {0..999999999} are refused before they are expanded
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
+    """Return the index that a folder, an index file or a glob of shards means, and the shards (None: all of them).
+
+    Raises UserError when nothing matches and when there is no index, with the command that builds one.
+    """
+    path = Path(os.path.abspath(pattern)) if pattern else None
+    if path is not None and path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"index {pattern} does not exist")
+        return path, None
+    if path is not None and path.is_dir():
+        if (path / INDEX_NAME).is_file():
+            return path / INDEX_NAME, None
+        if not any(path.glob("*.tar")):
+            raise UserError(f"{pattern} holds no shards; pack a folder of audio into it: {pack_command()}")
+        raise UserError(f"{pattern} has shards but no index; build it: {index_command(os.path.join(pattern, '*.tar'))}")
+    shards = expand(pattern)
+    folder = common_folder(shards)
+    for candidate in (folder / INDEX_NAME, folder.parent / INDEX_NAME):
+        if candidate.is_file():
+            return candidate, shards
+    raise UserError(f"the {len(shards)} shards of {pattern} have no index; build it: {index_command(pattern)}")
+
+
+def expand(pattern: str) -> list[Path]:
+    """List the files a pattern names, absolute, sorted, each once; raises UserError when there is none."""
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|-$", pattern):
+        raise UserError(f"'{pattern}': shards are local paths; '{scheme.group()}' is not allowed")
+    if not pattern:
+        raise UserError("no shards given: name a folder, an index or a glob such as 'DIR/shard-*.tar'")
+    found: set[str] = set()
+    for name in _expand_braces(pattern):
+        if os.path.lexists(name):
+            found.add(os.path.abspath(name))
+        elif globbing.has_magic(name):
+            found.update(os.path.abspath(hit) for hit in globbing.glob(name, recursive=True))
+        elif name != pattern:
+            raise UserError(f"shard {name} of {pattern} is missing")
+    if not found:
+        raise UserError(f"'{pattern}' matches no file (from {os.getcwd()})")
+    return [Path(name) for name in sorted(found)]
+
+
+def common_folder(shards: list[Path]) -> Path:
+    """Return the deepest folder that holds all the shards."""
+    return Path(os.path.commonpath([shard.parent for shard in shards]))
+
+
+def index_command(pattern: str) -> str:
+    """Spell the command that indexes the shards of a pattern."""
+    return f"python -m audiossl index {shlex.quote(pattern)}"
+
+
+def pack_command() -> str:
+    """Spell the command that packs a folder."""
+    return "python -m audiossl pack FOLDER --out DIR"
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    names = [pattern]
+    while any(_BRACES.search(name) for name in names[:1]):
+        longer = []
+        for name in names:
+            match = _BRACES.search(name)
+            choices = _choices(match.group(1), pattern)
+            if len(names) * len(choices) > _MAX_NAMES:
+                raise UserError(f"'{pattern}' stands for more than {_MAX_NAMES} names")
+            longer += [name[: match.start()] + choice + name[match.end() :] for choice in choices]
+        names = longer
+    return names
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    if not (match := _RANGE.fullmatch(inside)):
+        return inside.split(",")
+    first, last = int(match.group(1)), int(match.group(2))
+    if not 0 <= last - first < _MAX_NAMES:
+        raise UserError(f"'{pattern}': {{{inside}}} counts down or stands for more than {_MAX_NAMES} names")
+    return [str(number).zfill(len(match.group(1))) for number in range(first, last + 1)]
