@@ -1,0 +1,1 @@
+"""Weights in and out: the authors' checkpoints, one file a family, and where an encoder may start from."""

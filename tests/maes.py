@@ -1,0 +1,89 @@
+"""Audio-MAE models, golden cases and real clips for the tests."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import ROOT, SHARED
+from einops import rearrange
+from safetensors.torch import load_file
+
+from audiossl.audio import resample
+from audiossl.methods.audiomae import AudioMAE
+from audiossl.spectrogram import KaldiFbank
+from audiossl.weights.audiomae import import_pretrained
+
+TINY = dict(width=24, depth=2, num_heads=2, decoder="global", decoder_width=16, decoder_depth=2, decoder_num_heads=2)
+
+
+def kaldi_fbank(frames: int | None, num_mels: int = 128) -> KaldiFbank:
+    published = dict(rate_hz=16000, window_ms=25, hop_ms=10, fmin_hz=20, fmax_hz=None, preemphasis=0.97)
+    seconds = None if frames is None else frames / 100
+    return KaldiFbank(**published, num_mels=num_mels, mean=-4.2677393, std=4.5689974, seconds=seconds)
+
+
+def audiomae(frames: int | None = 128, num_mels: int = 128, **changes) -> AudioMAE:
+    """Build a small model from the shipped defaults, its start the same every time."""
+    settings = yaml.safe_load((ROOT / "conf/model/audiomae.yaml").read_text())
+    del settings["_target_"]
+    torch.manual_seed(0)
+    return AudioMAE(frontend=kaldi_fbank(frames, num_mels), **(settings | TINY | changes))
+
+
+class Golden:
+    """Hold one case of the published code: what went in, what came out, how exact it is, and our model of it."""
+
+    def __init__(self, folder: Path):
+        self.case = json.loads((folder / "case.json").read_text())
+        self.config = config = self.case["config"]
+        self.input = load_file(folder / "input.safetensors")
+        self.expected = load_file(folder / "expected.safetensors")
+        heads = dict(num_heads=config["num_heads"], decoder_num_heads=config["decoder_num_heads"])
+        weights, geometry = import_pretrained(folder / "official.pth", **heads)
+        frames, num_mels = geometry.pop("frames"), geometry.pop("num_mels")
+        self.model = audiomae(frames, num_mels, **geometry, norm_target=config["norm_pix_loss"])
+        self.model.load_state_dict(weights)
+        self.model.eval()
+        self.grid = self.model.encoder.grid
+
+    def bound(self, name: str) -> float:
+        """Ten times the published code's own rounding."""
+        return 10 * self.case["tolerance"][name]["max_abs_diff_f32_vs_f64"]
+
+
+def ours(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Reorder (B, N, ...) from the published time-major order to ours."""
+    return rearrange(values, "b (column row) ... -> b (row column) ...", row=grid[0], column=grid[1])
+
+
+def published(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Reorder (B, N, ...) from our order to the published one."""
+    return rearrange(values, "b (row column) ... -> b (column row) ...", row=grid[0], column=grid[1])
+
+
+def real_clips(count: int, seconds: float) -> torch.Tensor:
+    """Read recordings as (count, S) at 16 kHz: from the committed demo set, or from the shared data."""
+    found = list(_demo_audio(count)) or [
+        p.read_bytes() for p in sorted((SHARED / "data/esc10/audio").glob("*"))[:count]
+    ]
+    if len(found) < count:
+        pytest.skip("neither the demo set nor the shared recordings are here")
+    clips = torch.zeros(count, int(16000 * seconds))
+    for row, content in zip(clips, found, strict=True):
+        samples, rate_hz = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        samples = torch.from_numpy(resample(samples.mean(1), rate_hz, 16000))[: len(row)]
+        row[: len(samples)] = samples
+    return clips
+
+
+def _demo_audio(count: int):
+    for shard in sorted(ROOT.glob("demo/**/*.tar"))[:1]:
+        with tarfile.open(shard) as tar:
+            sounds = [m for m in tar if m.name.rpartition(".")[2] in ("ogg", "flac", "wav", "mp3")]
+            for member in sounds[:: max(len(sounds) // count, 1)][:count]:
+                yield tar.extractfile(member).read()
