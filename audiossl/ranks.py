@@ -1,0 +1,45 @@
+"""What do all ranks of a run know together?
+
+A signal reaches one rank, a clock differs on another: whoever acts alone leaves the others waiting for ever. Each
+decision is therefore reduced over the ranks, on the CPU, so that asking after every step does not make the host wait
+for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """Reduce small values over all ranks; make it on all ranks at the same moment, after the process group exists."""
+
+    def __init__(self):
+        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        is_gpu_group = self.size > 1 and dist.get_backend() != "gloo"
+        self._group = dist.new_group(backend="gloo") if is_gpu_group else None
+
+    def maximum(self, value: int) -> int:
+        """Give the greatest `value` of all ranks."""
+        if self.size == 1:
+            return int(value)
+        reduced = torch.tensor(int(value), dtype=torch.int64)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=self._group)
+        return int(reduced)
+
+    def mean(self, values: list[Any]) -> list[float]:
+        """Give the mean over the ranks of each of `values` (numbers or one-value tensors)."""
+        reduced = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(reduced, group=self._group)
+        return (reduced / self.size).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give the `value` of every rank, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
