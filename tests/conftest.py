@@ -26,3 +26,11 @@ def pytest_make_parametrize_id(config, val, argname):
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def folder_shards(tmp_path_factory) -> Path:
+    """Pack 40 real clips into FLAC shards, as a user with a folder of audio would."""
+    from commands import pack_folder
+
+    return pack_folder(tmp_path_factory.mktemp("corpus"))

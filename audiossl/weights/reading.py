@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from audiossl.checkpoint_files import newest_valid
 from audiossl.errors import UserError
 
 HARMLESS = [
@@ -45,3 +46,12 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Find the newest valid checkpoint of a run's folder; raise `UserError` when there is none."""
+    folder = run_dir / "checkpoints"
+    found = newest_valid(folder) if folder.is_dir() else None
+    if found is None:
+        raise UserError(f"{run_dir}: no checkpoint in {folder}; give a run's folder or a .ckpt file")
+    return found

@@ -1,0 +1,38 @@
+"""`python -m audiossl COMMAND`: what one does with audio, shards and checkpoints outside of a training run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from audiossl.errors import UserError
+from audiossl.version import __version__
+
+COMMANDS = {
+    "pack": ("audiossl.pack", "pack a folder of audio into tar shards with an index"),
+    "index": ("audiossl.index", "index somebody's webdataset shards"),
+    "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; wrong input is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m audiossl", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, what) in COMMANDS.items():
+        sub = commands.add_parser(name, help=what, description=what)
+        if name in arguments[:1]:
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(arguments)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).main(args)
+    except UserError as error:
+        print(f"audiossl {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""How does a resolved config become a method, and a file a method again?"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from audiossl.errors import UserError
+from audiossl.settings import instantiate
+from audiossl.weights.initial import describe_mismatch, encoder_weights
+from audiossl.weights.reading import newest_checkpoint, read_torch_file
+
+log = logging.getLogger(__name__)
+
+
+def method_from_config(config: dict[str, Any]) -> nn.Module:
+    """Build the front end and the method around it; `config` is plain and resolved."""
+    return instantiate(config["model"], frontend=instantiate(config["frontend"]))
+
+
+def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a method with its weights from a run's folder or a checkpoint; returns it in eval mode with its config.
+
+    Raises `UserError` naming the file when it is not a checkpoint of ours.
+    """
+    path = Path(path)
+    path = newest_checkpoint(path) if path.is_dir() else path
+    checkpoint = read_torch_file(path)
+    if "audiossl" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of audiossl's train.py (it holds {', '.join(list(checkpoint)[:5])})")
+    config = checkpoint["audiossl"]["config"]
+    method = method_from_config(config)
+    weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
+    method.load_state_dict(weights)
+    return method.eval(), config
+
+
+def load_initial_weights(method: nn.Module, source: str) -> str:
+    """Start `method.encoder` (and all else that fits, from one of our checkpoints) from `source`; say what was taken.
+
+    `source`: a run's folder, a checkpoint, `encoder.safetensors`, the authors' `.pth`, or `timm:NAME` for ImageNet
+    weights. Position tables are taken only when the grids agree. Raises `UserError` listing the first mismatches.
+    """
+    weights, origin = encoder_weights(source, method.encoder)
+    problem = describe_mismatch(weights, method.encoder.state_dict())
+    if problem:
+        raise UserError(f"init={source}: {problem}")
+    method.encoder.load_state_dict(weights)
+    said = f"encoder starts from {origin}: {len(weights)} tensors"
+    log.info(said)
+    return said

@@ -1,0 +1,134 @@
+"""How is any method trained?
+
+One LightningModule runs them all: it hands the method a batch of waveforms on the device and the noise of this step,
+sets the learning rate as a pure function of the step, refuses a non-finite update before it is applied, and tells the
+method when an optimiser step is done (a teacher's moving average belongs there). Nothing here is random by itself:
+every number comes from (seed, step), so a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from audiossl.batch import Batch
+from audiossl.noise import Noise, mix_seed
+from audiossl.optim import OptimSettings, build_optimizer, warmup_cosine
+from audiossl.spectrogram import resample, to_float
+
+VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
+
+
+class NonFiniteError(RuntimeError):
+    """Stop a run whose loss or gradient is NaN or infinite, before the update reaches the weights."""
+
+
+class Pretraining(pl.LightningModule):
+    """Train a method (see `audiossl.methods`) for `max_steps` optimiser steps.
+
+    `waveform_rate_hz` is the rate of the loader's waveforms; they are resampled on the device when the method's front
+    end wants another. `batch_size` is per process and micro-batch. Works with a bare `lightning.Trainer` and any loader
+    of `Batch`es whose order is a function of the step.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        *,
+        optim: OptimSettings,
+        max_steps: int,
+        batch_size: int,
+        waveform_rate_hz: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.method = method
+        self.optim = optim
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.waveform_rate_hz = waveform_rate_hz
+        self.seed = seed
+        self.last_batch: Batch | None = None
+        self.last_loss: Tensor | None = None
+        self.idle_since = 0.0  # seconds: when the last step's own work, and what callbacks did after it, was over
+        self._window: list[dict[str, Tensor]] = []
+
+    @property
+    def global_batch_size(self) -> int:
+        """Count the clips of one optimiser step over all ranks and micro-batches."""
+        return self.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Turn the loader's int16 into floats at the front end's rate; returns a new batch."""
+        if batch.waveform is None:
+            return batch
+        rate = self.method.frontend.rate_hz
+        waveform = resample(to_float(batch.waveform), self.waveform_rate_hz, rate)
+        samples = batch.num_samples
+        if samples is not None and rate != self.waveform_rate_hz:
+            samples = torch.ceil(samples.double() * rate / self.waveform_rate_hz).long().clamp(max=waveform.shape[1])
+        return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(mix_seed(self.seed, "dropout", step, micro, self.global_rank))
+        noise = Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
+        output = self.method(self.prepare(batch), generator=noise)
+        self.last_batch, self.last_loss = batch, output["loss"].detach()
+        self._window.append({k: v.detach() for k, v in output.items()})
+        if len(self._window) == self.trainer.accumulate_grad_batches:
+            self._log_window()
+        return output["loss"]
+
+    def on_train_batch_end(self, *_) -> None:
+        self.idle_since = time.perf_counter()
+
+    on_train_start = on_validation_end = on_train_batch_end
+
+    def _log_window(self) -> None:
+        """Log the mean of every scalar over the micro-batches of this optimiser step and over the ranks."""
+        means = {k: torch.stack([w[k].float() for w in self._window]).mean() for k in self._window[0]}
+        self._window.clear()
+        self.log("loss", means.pop("loss"), prog_bar=True, on_step=True, on_epoch=False, sync_dist=True)
+        self.log_dict(means, on_step=True, on_epoch=False, sync_dist=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        noise = Noise(VALIDATION_SEED, batch_idx, batch.rows, self.batch_size * self.trainer.world_size, self.device)
+        loss = self.method(self.prepare(batch), generator=noise)["loss"]
+        self.log("val_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.method, self.optim, lr=self.optim.peak_lr(self.global_batch_size))
+
+    def lr_at(self, step: int) -> float:
+        """Give the learning rate of optimiser step `step` (0-based)."""
+        return warmup_cosine(
+            step,
+            peak=self.optim.peak_lr(self.global_batch_size),
+            floor=self.optim.min_lr,
+            warmup_steps=self.optim.warmup_steps,
+            max_steps=self.max_steps,
+        )
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        step = self.global_step
+        lr = self.lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.log("lr", lr, on_step=True, on_epoch=False)
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(step, self.max_steps)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """Measure the gradient; a non-finite one ends the run here, inside the closure, before any weight moves."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and not math.isfinite(float(norm)):
+            raise NonFiniteError(f"step {self.global_step}: the gradient's norm is {float(norm)}")
+        self.log("grad_norm", norm, on_step=True, on_epoch=False)

@@ -1,0 +1,98 @@
+"""What does a run tell its reader before and after?"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from audiossl.plots import loss_figure
+from audiossl.probing import ProbeCallback
+from audiossl.reconstruct import write_reconstructions
+from audiossl.weights.export import export_encoder
+
+
+def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: int, global_batch: int, run_dir) -> None:
+    """Log size, data and length of the run in two lines."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for p in method.encoder.parameters() if p.requires_grad)
+    log.info(
+        "%s: %.1f M parameters (encoder %.1f M), %d tokens a clip",
+        type(method).__name__,
+        trained / 1e6,
+        encoder / 1e6,
+        method.tokens_per_clip,
+    )
+    log.info(
+        "%d clips (%.2f h); %d steps x %d clips = %.1f epochs%s; everything goes to %s",
+        data.num_clips,
+        data.hours,
+        max_steps,
+        global_batch,
+        max_steps * global_batch / data.num_clips,
+        f"; {layout.note}" if layout.note else "",
+        run_dir,
+    )
+
+
+def finish(method: nn.Module, config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None) -> dict:
+    """Export the encoder, draw pictures and sound, print the closing table; give what goes into `results.json`."""
+    export_encoder(method, config, run_dir / "encoder.safetensors")
+    if clips:
+        write_reconstructions(method, clips, run_dir, seed=config["seed"])
+    steps, loss, validation = read_losses(run_dir / "metrics.csv")
+    loss_figure(steps, loss, validation, run_dir / "loss.png")
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(_files_table(run_dir))
+    results = {"loss": loss[-1] if loss else None, "val_loss": validation[-1][1] if validation else None}
+    if probe is None:
+        return results
+    console.print(_scores_table(probe.table()))
+    history = {str(step): scores for step, scores in probe.history.items()}
+    return results | {"scores": probe.history[max(probe.history)], "history": history, "baseline": probe.baseline}
+
+
+def read_losses(path: Path) -> tuple[list[int], list[float], list[tuple[int, float]]]:
+    """Read steps, training loss and (step, validation loss) pairs from a `metrics.csv`."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    trained = [(int(r["step"]), float(r["loss"])) for r in rows if r.get("loss")]
+    validated = [(int(r["step"]), float(r["val_loss"])) for r in rows if r.get("val_loss")]
+    return [s for s, _ in trained], [x for _, x in trained], validated
+
+
+FILES = (
+    ("checkpoints/last.ckpt", "the whole training state; ckpt=last goes on from here"),
+    ("encoder.safetensors", "the encoder alone, for audiossl.load(), with encoder.json"),
+    ("reconstruction.png", "original, masked, reconstructed"),
+    ("reconstruction.wav", "original, then reconstruction (Griffin-Lim)"),
+    ("loss.png", "training and validation loss"),
+    ("metrics.csv", "every number of the run"),
+    ("config.yaml", "the resolved settings; provenance.json: versions, commit, corpus"),
+)
+
+
+def _files_table(run_dir: Path) -> Table:
+    table = Table(title=f"{run_dir}/", title_justify="left")
+    table.add_column("file")
+    table.add_column("MB", justify="right")
+    table.add_column("what it is")
+    for name, what in FILES:
+        if (run_dir / name).exists():
+            table.add_row(name, f"{(run_dir / name).stat().st_size / 1e6:.2f}", what)
+    return table
+
+
+def _scores_table(scores: dict[str, Any]) -> Table:
+    table = Table(title=f"frozen features, {scores['task']}: accuracy (95 % interval)", title_justify="left")
+    for column in ("features", "kNN", "linear", *(f"linear, fold {f}" for f in scores["folds"])):
+        table.add_column(column, justify="left" if column == "features" else "right")
+    for row in scores["rows"]:
+        table.add_row(row["name"], *row["cells"])
+    return table

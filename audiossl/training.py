@@ -1,0 +1,221 @@
+"""What happens in one run of `train.py`?
+
+Build front end, method and data from the resolved config, find out where to start from (a checkpoint, other weights,
+nothing), train, then leave in the run's folder what a reader wants: checkpoints, the encoder, pictures, sound, scores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from audiossl import report
+from audiossl.build import load_initial_weights, method_from_config
+from audiossl.callbacks import Forensics, Pictures, Progress, Throughput
+from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
+from audiossl.devices import Layout, plan
+from audiossl.errors import UserError
+from audiossl.loggers import MetricsCsv, build_loggers
+from audiossl.optim import OptimSettings
+from audiossl.preemption import Preemption
+from audiossl.pretraining import Pretraining
+from audiossl.probing import Probe, ProbeCallback
+from audiossl.provenance import provenance_of
+from audiossl.shards import ShardData
+from audiossl.trace import Trace
+
+log = logging.getLogger(__name__)
+
+
+class RunData(pl.LightningDataModule):
+    """Hand the trainer the loaders of this rank, from the optimiser step it stands at."""
+
+    def __init__(self, data: ShardData, *, max_steps: int, seed: int, samples: int, seconds: float):
+        super().__init__()
+        self.data, self.max_steps, self.seed, self.samples, self.seconds = data, max_steps, seed, samples, seconds
+
+    def train_dataloader(self):
+        trainer = self.trainer
+        return self.data.train_loader(
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            start_step=trainer.global_step,
+            max_steps=self.max_steps,
+            seed=self.seed,
+            crop_samples=self.samples,
+        )
+
+    def val_dataloader(self):
+        loader = self.data.validation_loader(
+            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.samples
+        )
+        return loader if loader is not None else []
+
+
+def fit(config: dict[str, Any]) -> dict[str, Any]:
+    """Train as `config` (plain, resolved, checked) says; give the results that `results.json` holds.
+
+    Raises `UserError` for what the user can mend, `Preempted` (a `SystemExit` with code 75 or 130) when asked to leave.
+    """
+    started = time.time()
+    _quieten()
+    run_dir = Path(config["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    layout = _layout(config["trainer"])
+    torch.manual_seed(config["seed"])  # the initial weights
+    method = method_from_config(config)
+    data = ShardData(**config["data"], default_rate_hz=method.frontend.rate_hz, run_dir=run_dir)
+    optim = OptimSettings(**config["optim"])
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
+    max_steps = _max_steps(config["trainer"], data.num_clips, global_batch)
+    optim = optim.in_steps(data.num_clips / global_batch, max_steps)
+    ckpt = resolve_ckpt(config["ckpt"], run_dir)
+    provenance = provenance_of(config, data.corpus_hash)
+    if config["init"] and ckpt is None:
+        provenance["init"] = load_initial_weights(method, config["init"])
+    module = Pretraining(
+        method,
+        optim=optim,
+        max_steps=max_steps,
+        batch_size=data.batch_size,
+        waveform_rate_hz=data.rate_hz,
+        seed=config["seed"],
+    )
+    samples, seconds = _crop(config["data"], method.frontend, data.rate_hz)
+    run_data = RunData(data, max_steps=max_steps, seed=config["seed"], samples=samples, seconds=seconds)
+    probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
+    clips = data.example_clips(config["pictures"]["clips"])
+    loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
+    callbacks = _callbacks(config, run_dir, clips, probe, provenance)
+    trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
+    if trainer.is_global_zero:
+        _write_provenance(run_dir, config, provenance)
+        report.announce(log, method, data, layout, max_steps, global_batch, run_dir)
+    _start_metrics(loggers[0], ckpt)
+    trainer.fit(module, run_data, ckpt_path=ckpt, weights_only=True)
+    results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
+    if trainer.is_global_zero:
+        results |= report.finish(method, config, run_dir, clips, probe)
+        _write_json(run_dir / "results.json", results)
+    trainer.strategy.barrier("end of the run")
+    return results
+
+
+def _quieten() -> None:
+    """Let Lightning speak through our log only, and only when something is wrong; its advertising is left out."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*LeafSpec.*|.*not resumable.*|.*does not have many workers.*")
+
+
+def _layout(trainer: dict[str, Any]) -> Layout:
+    accelerator = trainer["accelerator"]
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={accelerator}: no CUDA device is to be seen here; take trainer=cpu")
+    available = torch.cuda.device_count() if accelerator != "cpu" else (os.cpu_count() or 1)
+    return plan(accelerator, trainer["devices"], trainer["num_nodes"], available=available)
+
+
+def _max_steps(trainer: dict[str, Any], num_clips: int, global_batch: int) -> int:
+    if trainer["max_steps"] is not None:
+        return trainer["max_steps"]
+    if trainer["max_epochs"] is None:
+        raise UserError("trainer.max_steps and trainer.max_epochs are both null; give one of them")
+    return math.ceil(trainer["max_epochs"] * num_clips / global_batch)
+
+
+def _crop(data: dict[str, Any], frontend, rate_hz: int) -> tuple[int, float]:
+    """Give the crop in samples of the loader's rate and in seconds: what is asked for, else what fills the frames."""
+    if data["crop_seconds"] is not None:
+        seconds = data["crop_seconds"]
+    else:
+        seconds = frontend.samples_for(frontend.frames) / frontend.rate_hz
+    return math.ceil(seconds * rate_hz - 1e-6), seconds
+
+
+def _callbacks(config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, provenance) -> list:
+    checkpoint = Checkpointing(
+        **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
+    )
+    callbacks = [
+        Progress(refresh_rate=5),
+        Throughput(config["trainer"]["log_every_n_steps"]),
+        Forensics(run_dir),
+        checkpoint,
+        Preemption(checkpoint),
+    ]
+    if clips:
+        callbacks.append(
+            Pictures(every_steps=config["pictures"]["every_steps"], clips=clips, folder=run_dir / "pictures")
+        )
+    if config["trace"]:
+        callbacks.append(Trace(run_dir))
+    return callbacks + ([] if probe is None else [probe])
+
+
+def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_validation: bool) -> pl.Trainer:
+    settings = dict(config["trainer"])
+    accumulate = settings["accumulate_grad_batches"]
+    for ours in ("accelerator", "devices", "num_nodes", "max_steps", "max_epochs", "strategy", "precision"):
+        settings.pop(ours)
+    strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]
+    if strategy == "auto":
+        strategy = "ddp" if layout.devices * layout.num_nodes > 1 else "auto"
+    if precision == "auto":
+        has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported()
+        precision = "bf16-mixed" if has_bf16 else "32-true"
+    plugins = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    total = max_steps * accumulate
+    return pl.Trainer(
+        **settings,
+        accelerator=layout.accelerator,
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
+        strategy=strategy,
+        precision=precision,
+        max_steps=max_steps,
+        max_epochs=-1,
+        val_check_interval=min(config["validate_every_steps"] * accumulate, total) if has_validation else 1.0,
+        limit_val_batches=1.0 if has_validation else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=plugins,
+        default_root_dir=config["run_dir"],
+    )
+
+
+def _start_metrics(metrics: MetricsCsv, ckpt: Path | None) -> None:
+    step = 0 if ckpt is None else torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    metrics.start_at(step)
+
+
+def _write_provenance(run_dir: Path, config: dict[str, Any], provenance: dict[str, Any]) -> None:
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    _write_json(run_dir / "provenance.json", provenance)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)

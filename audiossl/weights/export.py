@@ -1,0 +1,102 @@
+"""What is left of a run for everyone else: the encoder, its front end, and nothing to guess.
+
+`encoder.safetensors` holds the tensors (no pickle); `encoder.json` beside it, and the same text in the tensors' header,
+says how to build encoder and front end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from audiossl.encoder import Encoder
+from audiossl.errors import UserError
+from audiossl.settings import instantiate
+from audiossl.spectrogram import resample
+from audiossl.version import __version__
+
+FORMAT = 1
+
+
+class LoadedEncoder(nn.Module):
+    """Hold an encoder with the front end it was trained with.
+
+    `model(waveform, rate_hz)` gives tokens (B, 1 + N, D), the class token first, from waveform (B, S) in [-1, 1] at any
+    rate; clips longer than the model's length are cut to it, shorter ones padded as in training. Use
+    `audiossl.probing.clip_features` for clips of any length.
+    """
+
+    def __init__(self, encoder: Encoder, frontend: nn.Module, description: dict[str, Any]):
+        super().__init__()
+        self.encoder = encoder
+        self.frontend = frontend
+        self.description = description
+
+    def forward(self, waveform: Tensor, rate_hz: int) -> Tensor:
+        return self.encoder(self.frontend(resample(waveform, rate_hz, self.frontend.rate_hz)))
+
+
+def export_encoder(method: nn.Module, config: dict[str, Any], path: Path) -> None:
+    """Write `method.encoder` to `path` (.safetensors) and its description to the .json beside it, both atomically."""
+    description = {
+        "format": FORMAT,
+        "audiossl": __version__,
+        "method": config["model"]["_target_"],
+        "geometry": method.encoder.geometry,
+        "frontend": config["frontend"],
+        "corpus": {
+            "shards": config["data"].get("shards"),
+            "mean": config["data"]["mean"],
+            "std": config["data"]["std"],
+        },
+    }
+    text = json.dumps(description, indent=2)
+    weights = {k: v.detach().cpu().contiguous() for k, v in method.encoder.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(weights, part, metadata={"description": text})
+    os.replace(part, path)
+    part = path.with_suffix(".json.part")
+    part.write_text(text + "\n")
+    os.replace(part, path.with_suffix(".json"))
+
+
+def load_encoder(path: str | Path) -> LoadedEncoder:
+    """Load what `export_encoder` wrote: the file, or the run's folder; eval mode, on the CPU.
+
+    Raises `UserError` when the file is missing or no export of ours.
+    """
+    path = Path(path)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    description, weights = read_export(path)
+    encoder = Encoder(**description["geometry"])
+    encoder.load_state_dict(weights)
+    return LoadedEncoder(encoder, instantiate(description["frontend"]), description).eval()
+
+
+def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read description and tensors of an exported encoder."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a finished run leaves encoder.safetensors in its folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    if "description" not in metadata:
+        raise UserError(
+            f"{path}: a safetensors file, but not one that audiossl exported (no description in its header)"
+        )
+    description = json.loads(metadata["description"])
+    if description["format"] > FORMAT:
+        raise UserError(
+            f"{path}: written by audiossl {description['audiossl']}, newer than this {__version__}; upgrade"
+        )
+    return description, weights

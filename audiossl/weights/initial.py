@@ -1,0 +1,99 @@
+"""Where can an encoder start from?
+
+From a run, a checkpoint or an exported encoder of ours, from the authors' files, or from an image model of timm: their
+blocks have the same names, the three colour kernels of the patch embedding are summed (as Audio-MAE and PaSST do), and
+its image positions are left behind, since ours are a fixed table of another grid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from audiossl.encoder import Encoder
+from audiossl.errors import UserError
+from audiossl.weights.audiomae import import_encoder, is_audiomae
+from audiossl.weights.export import read_export
+from audiossl.weights.reading import newest_checkpoint, read_torch_file
+
+
+def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], str]:
+    """Read weights for `encoder` from `source`; returns them under our names, with words that say what they are.
+
+    `source`: `timm:NAME` (ImageNet weights, downloaded by timm), a run's folder, a `.ckpt`, `.safetensors` or `.pth`.
+    """
+    if source.startswith("timm:"):
+        return from_timm(_download(source.removeprefix("timm:")), encoder), f"ImageNet weights {source}"
+    path = Path(source)
+    path = path / "encoder.safetensors" if path.is_dir() and (path / "encoder.safetensors").exists() else path
+    if path.suffix == ".safetensors":
+        if _is_timm(load_file(path)):
+            return from_timm(load_file(path), encoder), f"image weights {path}"
+        return _fit_positions(read_export(path)[1], encoder), f"encoder {path}"
+    path = newest_checkpoint(path) if path.is_dir() else path
+    checkpoint = read_torch_file(path)
+    if "audiossl" in checkpoint:
+        prefix = "method.encoder."
+        found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        return _fit_positions(found, encoder), f"checkpoint {path} (step {checkpoint['global_step']})"
+    state = checkpoint.get("model", checkpoint)
+    if is_audiomae(state):
+        return _fit_positions(import_encoder(state), encoder), f"Audio-MAE's {path}"
+    if _is_timm(state):
+        return from_timm(state, encoder), f"image weights {path}"
+    raise UserError(f"init={source}: neither ours, Audio-MAE's nor a timm vision transformer: keys {list(state)[:4]}")
+
+
+def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Turn a timm vision transformer's state dict into ours: RGB kernels summed, resized to our patch if need be."""
+    ours = {"positions.table": encoder.positions.table.detach().clone()}
+    kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
+    if tuple(kernel.shape[-2:]) != encoder.patch:
+        kernel = interpolate(kernel, encoder.patch, mode="bicubic", antialias=True)
+    ours["patch_embed.proj.weight"], ours["patch_embed.proj.bias"] = kernel, state["patch_embed.proj.bias"]
+    ours["class_token"] = state["cls_token"]
+    ours |= {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
+    return ours
+
+
+def describe_mismatch(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """Say in one line how two state dicts differ, first five of each kind; None when they fit."""
+    lines = []
+    for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if names:
+            lines.append(f"{len(names)} {what} ({', '.join(sorted(names)[:5])})")
+    shapes = [k for k in sorted(wanted.keys() & found.keys()) if wanted[k].shape != found[k].shape]
+    if shapes:
+        pairs = (f"{k} {list(found[k].shape)} instead of {list(wanted[k].shape)}" for k in shapes[:5])
+        lines.append(f"{len(shapes)} of another size ({', '.join(pairs)}); a model of that size: size=...")
+    return "the weights do not fit the model: " + "; ".join(lines) if lines else None
+
+
+def _fit_positions(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Keep the model's own position table where the grids differ: it is a function of the grid, not learned."""
+    table = encoder.positions.table
+    if "positions.table" in found and found["positions.table"].shape != table.shape:
+        return found | {"positions.table": table.detach().clone()}
+    return found
+
+
+def _is_timm(state: dict[str, Any]) -> bool:
+    kernel = state.get("patch_embed.proj.weight")
+    return isinstance(kernel, torch.Tensor) and kernel.ndim == 4 and kernel.shape[1] == 3 and "cls_token" in state
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise UserError(
+            f"init=timm:{name}: timm could not give these weights ({str(error).splitlines()[0][:120]}); on a machine "
+            "without network save them as .safetensors elsewhere and give the file"
+        ) from None

@@ -1,0 +1,99 @@
+"""How many clips a second does one core read, decode and cut? `python benchmarks/loader.py`.
+
+Ten-second pieces of the demo set are packed as FLAC and as Vorbis at 32 kHz; crops of 2.56 s and whole clips are then
+read through the loader in one process, as one worker would. Prints clips/s and the ratio to the first row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from audiossl.audio import decode, resample, to_int16  # noqa: E402
+from audiossl.index import Index  # noqa: E402
+from audiossl.pack import Settings, pack  # noqa: E402
+from audiossl.shards import ShardData  # noqa: E402
+
+RATE = 32_000
+ROWS = (  # codec, clip seconds, crop seconds, rate delivered, cache
+    ("flac", 10, 2.56, RATE, False),
+    ("flac", 10, 10.0, RATE, False),
+    ("flac", 5, 2.56, RATE, False),
+    ("flac", 10, 2.56, 16_000, False),
+    ("flac", 10, 2.56, RATE, True),
+    ("ogg", 10, 2.56, RATE, False),
+    ("ogg", 10, 10.0, RATE, False),
+    ("ogg", 5, 2.56, RATE, False),
+    ("ogg", 10, 2.56, 16_000, False),
+    ("ogg", 10, 2.56, RATE, True),
+    ("ogg", 10, 2.56, 16_000, True),
+)
+
+
+def write_clips(folder: Path, codec: str, seconds: int, num_clips: int) -> None:
+    """Cut the demo set's audio, strung together, into clips."""
+    index = Index.load(ROOT / "demo" / "shards")
+    audio = np.concatenate([resample(*decode(index.read(i)), RATE) for i in range(min(len(index), num_clips))])
+    folder.mkdir(parents=True)
+    for number in range(num_clips):
+        piece = np.take(audio, number * seconds * RATE + np.arange(seconds * RATE), mode="wrap")
+        subtype = "PCM_16" if codec == "flac" else "VORBIS"
+        soundfile.write(folder / f"{number:04d}.{codec}", to_int16(piece), RATE, subtype=subtype)
+
+
+def clips_per_second(shards: Path, crop_seconds: float, rate_hz: int, has_cache: bool, num_clips: int) -> float:
+    """Time the second epoch, so that a cache is full."""
+    data = ShardData(
+        shards=str(shards),
+        rate_hz=rate_hz,
+        batch_size=num_clips // 10,
+        num_workers=0,
+        crop_seconds=crop_seconds,
+        padding="cyclic",
+        validation_clips=0,
+        split=None,
+        cache_mb=1024 if has_cache else 0,
+        mean=0.0,
+        std=1.0,
+        default_rate_hz=rate_hz,
+        run_dir=None,
+    )
+    batches = iter(data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=20, seed=0))
+    for _ in range(10):
+        next(batches)
+    started = time.perf_counter()
+    seen = sum(len(batch) for batch in batches)
+    return seen / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=200)
+    args = parser.parse_args()
+    first = None
+    print("codec  clip s  crop s  out Hz  cache  clips/s  ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        for codec, seconds, crop_seconds, rate_hz, has_cache in ROWS:
+            source, shards = Path(folder, f"{codec}{seconds}"), Path(folder, f"{codec}{seconds}_shards")
+            if not source.exists():
+                write_clips(source, codec, seconds, args.clips)
+                pack(source, shards, Settings("keep", None, 10**9), workers=1)
+            rate = clips_per_second(shards, crop_seconds, rate_hz, has_cache, args.clips)
+            first = first or rate
+            cache = "yes" if has_cache else "no"
+            print(
+                f"{codec:5}  {seconds:6}  {crop_seconds:6.2f}  {rate_hz:6}  {cache:5}  {rate:7.0f}  {rate / first:5.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The budget that keeps this a house: sizes of files and functions, and rules that a reader relies on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+# schema.py (266) reads every form of annotation in one place; splitting it would part the grammar from its words
+FILE_LINES, FUNCTION_LINES, CONFIG_DEPTH = 270, 52, 3
+SOURCES = sorted([*(ROOT / "audiossl").rglob("*.py"), *ROOT.glob("*.py")])
+
+
+def functions(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_no_file_outgrows_its_room():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := p.read_text().count("\n")) > FILE_LINES}
+    assert not long, f"more than {FILE_LINES} lines: {long}"
+
+
+def test_no_function_outgrows_a_page():
+    long = {
+        f"{p.relative_to(ROOT)}:{f.name}": n
+        for p in SOURCES
+        for f in functions(p)
+        if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES
+    }
+    assert not long, f"more than {FUNCTION_LINES} lines: {long}"
+
+
+def test_every_module_opens_with_what_it_is_for():
+    silent = [
+        str(p.relative_to(ROOT))
+        for p in SOURCES
+        if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
+    ]
+    assert not silent
+
+
+def depth(value) -> int:
+    return 1 + max((depth(v) for v in value.values()), default=0) if isinstance(value, dict) else 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_configs_stay_flat(path):
+    value = {k: v for k, v in (yaml.safe_load(path.read_text()) or {}).items() if k not in ("defaults", "hydra")}
+    assert depth(value) <= CONFIG_DEPTH
+
+
+def test_methods_know_neither_lightning_nor_hydra():
+    for path in (ROOT / "audiossl" / "methods").glob("*.py"):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        }
+        assert not imported & {"lightning", "pytorch_lightning", "hydra", "omegaconf"}, path
+
+
+def test_the_lightning_releases_that_were_malware_are_excluded():
+    assert '"lightning>=2.6.6,<3"' in (ROOT / "pyproject.toml").read_text()
+    assert "lightning==2.6.6\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_ruff_finds_nothing():
+    command = [sys.executable, "-m", "ruff"]
+    for what in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run(command + what, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

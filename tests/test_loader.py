@@ -1,0 +1,236 @@
+"""Bad clips are counted and limited, workers that die or hang are named, and Lightning resumes where it stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny_shards import audio, clip, data_of, long_loader, noise, ragged_corpus, train_batches, write_shards
+
+from audiossl.badclips import BadClips
+from audiossl.batch import Batch, Skipped
+from audiossl.errors import UserError
+from audiossl.loader import make_loader
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return ragged_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def counted(ledger: BadClips, pattern: str) -> None:
+    """Feed batches of one clip: '.' a good one, 'x' a bad one."""
+    for number, mark in enumerate(pattern):
+        skipped = [Skipped(f"k{number}", "s.tar", "zero bytes", 0)] if mark == "x" else []
+        ledger.add(Batch(rows=torch.zeros(1 - len(skipped), dtype=torch.int64), skipped=skipped))
+
+
+def test_bad_clips_up_to_one_percent_are_tolerated_and_more_are_not():
+    counted(BadClips(None), "." * 1000)
+    counted(BadClips(None), "." * 991 + "x" * 9)
+    counted(BadClips(None), "xx" + "." * 197)  # too few seen to judge
+    with pytest.raises(UserError, match=r"^10 of 999 clips .* limit of 1%: k989 in s.tar: zero bytes; k990 .*; k991 "):
+        counted(BadClips(None), "." * 989 + "x" * 11)
+
+
+def test_a_hundred_bad_clips_in_a_row_stop_the_run_across_batches():
+    counted(BadClips(None, max_fraction=1.0), "x" * 99 + "." + "x" * 99)
+    with pytest.raises(UserError, match="100 clips in a row"):
+        counted(BadClips(None, max_fraction=1.0), "." + "x" * 100)
+    ledger = BadClips(None, max_fraction=1.0)
+    bad = [Skipped(f"k{row}", "s.tar", "zero bytes", row) for row in range(64)]
+    ledger.add(Batch(rows=torch.tensor([0]), skipped=bad[1:]))
+    with pytest.raises(UserError, match="100 clips in a row"):
+        ledger.add(Batch(rows=torch.tensor([63]), skipped=bad[:63]))
+
+
+def test_a_resumed_run_lists_no_bad_clip_twice(tmp_path):
+    for _ in range(2):
+        counted(BadClips(tmp_path / "bad_clips.csv"), "x.x")
+    listed = (tmp_path / "bad_clips.csv").read_text().splitlines()
+    assert listed == ["key,shard,reason", "k0,s.tar,zero bytes", "k2,s.tar,zero bytes"]
+
+
+def test_a_corpus_of_which_nothing_can_be_read_stops_the_run(tmp_path):
+    shards = write_shards(tmp_path / "bad", [[clip(f"k{i}", b"no audio", 900) for i in range(30)]])
+    with pytest.raises(UserError, match="100 clips in a row could not be read"):
+        train_batches(data_of(shards), max_steps=1000)
+
+
+def processes() -> dict[int, int]:
+    """Map every living process to its parent."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it ended meanwhile
+            continue
+        if state != "Z":
+            parents[int(stat.parent.name)] = int(parent)
+    return parents
+
+
+def descendants(of: int) -> dict[int, int]:
+    """Map the processes that come from process `of` to their parents."""
+    parents = processes()
+    found, new = {}, {of}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new}
+        found |= {child: parents[child] for child in new}
+    return found
+
+
+def workers(of: int | None = None) -> list[int]:
+    """List the loader's workers: the children of the fork server, which is the trainer's child."""
+    of = of or os.getpid()
+    return [child for child, parent in descendants(of).items() if parent != of]
+
+
+def end_within(seconds: float, alive) -> bool:
+    """Wait until `alive()` lists nothing."""
+    deadline = time.monotonic() + seconds
+    while alive():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_signals_meant_for_the_trainer_stop_neither_workers_nor_fork_server(corpus):
+    batches = long_loader(corpus)
+    next(batches)
+    pids = workers()
+    assert len(pids) == 2
+    fork_server = descendants(os.getpid())[pids[0]]
+    for name in ("TERM", "USR1", "INT"):  # from another process than the trainer, as SLURM sends them
+        subprocess.run(["kill", f"-{name}", *map(str, [fork_server, *pids])], check=True)
+    assert len([next(batches) for _ in range(200)]) == 200 and workers() == pids
+    batches.close()
+    assert end_within(10, workers)
+
+
+def test_a_killed_worker_is_a_clear_error_within_15_seconds(corpus):
+    batches = long_loader(corpus)
+    next(batches)
+    victim = workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"worker.* exited unexpectedly.*memory.*data.num_workers"):
+        for _ in batches:
+            continue
+    assert time.monotonic() - started < 15
+    del batches
+    assert end_within(15, workers)
+
+
+def test_a_read_that_hangs_is_an_error_that_names_the_shard_and_leaves_no_worker(tmp_path):
+    data = data_of(write_shards(tmp_path / "stalled", [[clip("a", audio(noise(0, 900)), 900)]]))
+    path = data.index.shard_path(0)
+    path.unlink()
+    os.mkfifo(path)  # to open it is to wait for a writer, like a file system that is away
+    inner = data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=3, seed=0).loader
+    loader = make_loader(
+        inner.dataset, inner.batch_sampler, num_workers=1, bad_clips=BadClips(None), timeout_seconds=1.0
+    )
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"no batch within 1 s: a worker hangs .*shard-000000.tar"):
+        list(loader)
+    assert end_within(10, workers) and time.monotonic() - started < 20
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+if __name__ == "__main__":
+    from tiny_shards import long_loader
+    batches = long_loader({shards!r})
+    next(batches)
+    print("running", flush=True)
+    for _ in batches:
+        pass
+"""
+
+
+def test_workers_do_not_outlive_a_killed_trainer(corpus, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), shards=corpus))
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert trainer.stdout.readline() == "running\n"
+        family = set(descendants(trainer.pid))
+        assert len(workers(trainer.pid)) == 2
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert end_within(15, lambda: family & set(processes()))
+
+
+def test_a_worker_imports_neither_lightning_nor_hydra():
+    program = "import sys, audiossl.loader; print(*{'lightning', 'hydra', 'timm', 'torchaudio'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "\n"
+
+
+class Toy(pl.LightningModule):
+    """One weight, and a list of what was trained on."""
+
+    def __init__(self, shards: str, max_steps: int, num_workers: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.data, self.max_steps, self.seen = data_of(shards, num_workers=num_workers), max_steps, []
+
+    def train_dataloader(self):
+        trainer = self.trainer
+        return self.data.train_loader(
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            start_step=trainer.global_step,
+            max_steps=self.max_steps,
+            seed=1,
+        )
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch.to(device)
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.global_step, batch_idx, tuple(batch.key), batch.waveform.sum().item()))
+        return (self.weight - batch.waveform.float().mean()) ** 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(toy: Toy, folder: Path, stop_at: int, accumulate: int, ckpt: str | None = None) -> Toy:
+    trainer = pl.Trainer(
+        max_steps=stop_at,
+        accumulate_grad_batches=accumulate,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[pl.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=-1)],
+    )
+    trainer.fit(toy, ckpt_path=ckpt, weights_only=True)
+    return toy
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "step", [3, 10, 11]
+)  # inside an epoch of 41 clips in batches of 4, and at both sides of its end
+def test_lightning_resumes_with_exactly_the_batches_that_were_left(corpus, tmp_path, num_workers, accumulate, step):
+    straight = fit(Toy(corpus, 14, 0), tmp_path / "straight", 14, accumulate)
+    assert len(straight.seen) == 14 * accumulate
+    first = fit(Toy(corpus, 14, num_workers), tmp_path / "first", step, accumulate)
+    second = fit(
+        Toy(corpus, 14, num_workers), tmp_path / "second", 14, accumulate, str(tmp_path / "first" / "last.ckpt")
+    )
+    assert first.seen + second.seen == straight.seen
+    assert second.weight.item() == straight.weight.item()
