@@ -52,3 +52,31 @@ def load_initial_weights(method: nn.Module, source: str) -> str:
     said = f"encoder starts from {origin}: {len(weights)} tensors"
     log.info(said)
     return said
+
+
+def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Refuse to resume from a checkpoint of another run: model, front end, seed, corpus or global batch differ.
+
+    Learning rate, length, loggers and the like may change. Returns the provenance saved in it; raises `UserError` that
+    names each key that changed, saved and now.
+    """
+    saved = read_torch_file(path).get("audiossl")
+    if saved is None:
+        raise UserError(f"ckpt={path}: not a checkpoint of train.py; to start from its weights use init={path}")
+    pairs = {"seed": (saved["config"]["seed"], config["seed"])}
+    for section in ("model", "frontend"):
+        before, now = saved["config"][section], config[section]
+        pairs |= {f"{section}.{k}": (before.get(k), now.get(k)) for k in sorted({*before, *now})}
+    for key in ("corpus_hash", "global_batch"):
+        pairs[key] = (saved["provenance"][key], provenance[key])
+    changed = [f"{k}: {_short(a)} -> {_short(b)}" for k, (a, b) in pairs.items() if a != b]
+    if changed:
+        raise UserError(
+            f"ckpt={path}: is of another run, saved -> now: {', '.join(changed[:6])}; give the settings it was made "
+            f"with, or start a new run from its weights with init={path}"
+        )
+    return saved["provenance"]
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) <= 24 else f"{str(value)[:12]}..."

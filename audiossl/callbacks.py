@@ -18,7 +18,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch.utils.flop_counter import FlopCounterMode
 
-from audiossl.loggers import log_picture
+from audiossl.loggers import MetricsCsv, log_picture
 from audiossl.noise import Noise
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError
@@ -74,7 +74,7 @@ class Throughput(Callback):
         peak = _peak_flops(module.device, trainer.precision)
         if peak and self.flops_per_clip:
             metrics["mfu"] = 3 * self.flops_per_clip * clips / trainer.world_size / peak
-        module.log_dict(metrics, on_step=True, on_epoch=False, rank_zero_only=True)
+        module.record(metrics)
         self._seconds, self._batches = 0.0, 0
 
 
@@ -97,6 +97,29 @@ def _peak_flops(device: torch.device, precision: str) -> float | None:
     except Exception as error:  # a chip Lightning's table does not know: no MFU, but say so
         log.info("no MFU: %s", error)
         return None
+
+
+class Rows(Callback):
+    """Hand a step's row to `metrics.csv` before that step can be in a checkpoint.
+
+    Lightning calls its loggers after every callback, so a run killed right after a save would resume behind a row that
+    was never written.
+    """
+
+    def __init__(self, metrics: MetricsCsv):
+        self.metrics = metrics
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self.metrics.log_metrics({k: float(v) for k, v in module.row.items()}, trainer.global_step - 1)
+            self.metrics.save()
 
 
 class Pictures(Callback):

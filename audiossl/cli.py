@@ -55,6 +55,7 @@ def launch(
     leaves as Hydra has it, through `SystemExit(1)` after its traceback; in a sweep the other jobs still run.
     """
     argv = list(sys.argv if argv is None else argv)
+    argv = argv[:1] + sorted(argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # wherever it stands
     program = Path(argv[0]).name
     codes: list[int] = []
     try:

@@ -171,7 +171,7 @@ def make_loader(
             collate_fn=partial(collate, crop_samples=dataset.crop_samples),
             pin_memory=torch.cuda.is_available(),
             timeout=poll_seconds if num_workers else 0,
-            worker_init_fn=_start_worker if num_workers else None,
+            worker_init_fn=start_worker if num_workers else None,
             multiprocessing_context=_fork_server() if num_workers else None,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=is_iterated_often and num_workers > 0,
@@ -194,7 +194,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs."""
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     trainer = multiprocessing.parent_process()

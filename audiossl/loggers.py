@@ -10,11 +10,13 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import IO, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from audiossl.errors import UserError
@@ -117,8 +119,11 @@ class Guarded(Logger):
         try:
             getattr(self.inner, method)(*args, **kwargs)
         except Exception as error:  # whatever a logging backend throws must not cost the run
-            self.is_broken = True
-            log.warning("%s failed and is switched off for this run: %s", type(self.inner).__name__, error)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.is_broken = True
+        log.warning("%s failed and is switched off for this run: %s", type(self.inner).__name__, error)
 
     @property
     def name(self) -> str | None:
@@ -130,7 +135,12 @@ class Guarded(Logger):
 
     @property
     def experiment(self) -> Any:
-        return self.inner.experiment
+        if not self.is_broken:
+            try:
+                return self.inner.experiment
+            except Exception as error:
+                self._give_up(error)
+        return DummyExperiment()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._try("log_hyperparams", params, *args, **kwargs)
@@ -156,8 +166,7 @@ class Guarded(Logger):
             else:
                 self.inner.log_image(name, [str(path)], step)
         except Exception as error:
-            self.is_broken = True
-            log.warning("%s failed and is switched off for this run: %s", type(self.inner).__name__, error)
+            self._give_up(error)
 
 
 def build_loggers(*, tensorboard: bool, wandb: bool, project: str, run_dir: Path, name: str) -> list[Logger]:
@@ -178,13 +187,14 @@ def _wandb_logger(project: str, run_dir: Path, name: str) -> Logger:
         raise UserError("logger=wandb: wandb is not installed; pip install wandb") from None
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists() and rank_zero_only.rank == 0:
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     offline = os.environ.get("WANDB_MODE", "online" if has_key else "offline") != "online"
     if offline:
         log.info("W&B writes offline to %s/wandb; `wandb sync` uploads it later", run_dir)
     identifier = id_file.read_text().strip() if id_file.exists() else None
-    return WandbLogger(project=project, name=name, save_dir=run_dir, id=identifier, resume="allow", offline=offline)
+    settings = dict(id=identifier, resume="allow", mode="offline" if offline else "online")
+    return WandbLogger(project=project, name=name, save_dir=run_dir, **settings)
 
 
 def log_picture(trainer: pl.Trainer, name: str, path: Path) -> None:

@@ -55,6 +55,7 @@ class Pretraining(pl.LightningModule):
         self.last_batch: Batch | None = None
         self.last_loss: Tensor | None = None
         self.idle_since = 0.0  # seconds: when the last step's own work, and what callbacks did after it, was over
+        self.row: dict[str, Tensor | float] = {}
         self._window: list[dict[str, Tensor]] = []
 
     @property
@@ -90,11 +91,17 @@ class Pretraining(pl.LightningModule):
     on_train_start = on_validation_end = on_train_batch_end
 
     def _log_window(self) -> None:
-        """Log the mean of every scalar over the micro-batches of this optimiser step and over the ranks."""
+        """Record the mean of every scalar over the micro-batches of this optimiser step and over the ranks."""
         means = {k: torch.stack([w[k].float() for w in self._window]).mean() for k in self._window[0]}
         self._window.clear()
-        self.log("loss", means.pop("loss"), prog_bar=True, on_step=True, on_epoch=False, sync_dist=True)
-        self.log_dict(means, on_step=True, on_epoch=False, sync_dist=True)
+        self.row = {}
+        self.record({k: self.trainer.strategy.reduce(v, reduce_op="mean") for k, v in means.items()})
+
+    def record(self, metrics: dict[str, Tensor | float]) -> None:
+        """Log what belongs to this optimiser step, and keep it in `row` for `callbacks.Rows`."""
+        self.row |= metrics
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name == "loss", on_step=True, on_epoch=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = Noise(VALIDATION_SEED, batch_idx, batch.rows, self.batch_size * self.trainer.world_size, self.device)
@@ -120,7 +127,7 @@ class Pretraining(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.log("lr", lr, on_step=True, on_epoch=False)
+        self.record({"lr": lr})
         if hasattr(self.method, "after_step"):
             self.method.after_step(step, self.max_steps)
 
@@ -131,4 +138,4 @@ class Pretraining(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None and not math.isfinite(float(norm)):
             raise NonFiniteError(f"step {self.global_step}: the gradient's norm is {float(norm)}")
-        self.log("grad_norm", norm, on_step=True, on_epoch=False)
+        self.record({"grad_norm": norm})

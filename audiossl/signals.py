@@ -13,7 +13,6 @@ import threading
 PREEMPTED, INTERRUPTED = 75, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 AT_ONCE, AT_BOUNDARY, LEAVING = "at once", "at the next step", "already"
-_GRACE_SECONDS = 30  # what a worker gets to end by itself where the sender of a signal cannot be told
 
 
 class Preempted(SystemExit):
@@ -59,24 +58,3 @@ def _note(signum, frame) -> None:
 def _say(text: str) -> None:
     # a handler may run in the middle of a print, where print() and logging cannot be entered again
     os.write(2, f"audiossl[{os.getpid()}]: {text}\n".encode())
-
-
-def ignore_signals_in_worker(worker_id: int) -> None:
-    """Keep a DataLoader's worker alive when a scheduler or Ctrl-C signals the whole group (a `worker_init_fn`).
-
-    The main process still needs batches up to its next step boundary. A SIGTERM from the main process itself ends the
-    worker as ever: that is how torch stops a worker that hangs.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # reached only through a thread that a library started before the mask below; the parent may be waiting for the end
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_GRACE_SECONDS))
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

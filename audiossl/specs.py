@@ -15,7 +15,6 @@ PRETRAIN = Spec(
             "seed": "int",
             "ckpt": "str | None",
             "init": "str | None",
-            "unsafe_load": "bool",
             "trace": "bool",
             "root": "Any",
             "run_dir": "str",

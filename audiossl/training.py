@@ -21,8 +21,9 @@ import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from audiossl import report
-from audiossl.build import load_initial_weights, method_from_config
-from audiossl.callbacks import Forensics, Pictures, Progress, Throughput
+from audiossl.build import check_same_run, load_initial_weights, method_from_config
+from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
+from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
@@ -41,9 +42,9 @@ log = logging.getLogger(__name__)
 class RunData(pl.LightningDataModule):
     """Hand the trainer the loaders of this rank, from the optimiser step it stands at."""
 
-    def __init__(self, data: ShardData, *, max_steps: int, seed: int, samples: int, seconds: float):
+    def __init__(self, data: ShardData, *, max_steps: int, seed: int, crop_samples: int):
         super().__init__()
-        self.data, self.max_steps, self.seed, self.samples, self.seconds = data, max_steps, seed, samples, seconds
+        self.data, self.max_steps, self.seed, self.crop_samples = data, max_steps, seed, crop_samples
 
     def train_dataloader(self):
         trainer = self.trainer
@@ -54,12 +55,12 @@ class RunData(pl.LightningDataModule):
             start_step=trainer.global_step,
             max_steps=self.max_steps,
             seed=self.seed,
-            crop_samples=self.samples,
+            crop_samples=self.crop_samples,
         )
 
     def val_dataloader(self):
         loader = self.data.validation_loader(
-            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.samples
+            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.crop_samples
         )
         return loader if loader is not None else []
 
@@ -83,8 +84,10 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     max_steps = _max_steps(config["trainer"], data.num_clips, global_batch)
     optim = optim.in_steps(data.num_clips / global_batch, max_steps)
     ckpt = resolve_ckpt(config["ckpt"], run_dir)
-    provenance = provenance_of(config, data.corpus_hash)
-    if config["init"] and ckpt is None:
+    provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch}
+    if ckpt is not None:
+        provenance["init"] = check_same_run(ckpt, config, provenance)["init"]
+    elif config["init"]:
         provenance["init"] = load_initial_weights(method, config["init"])
     module = Pretraining(
         method,
@@ -94,17 +97,17 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         waveform_rate_hz=data.rate_hz,
         seed=config["seed"],
     )
-    samples, seconds = _crop(config["data"], method.frontend, data.rate_hz)
-    run_data = RunData(data, max_steps=max_steps, seed=config["seed"], samples=samples, seconds=seconds)
+    samples = _crop_samples(config["data"], method.frontend, data.rate_hz)
+    run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"])
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
-    callbacks = _callbacks(config, run_dir, clips, probe, provenance)
+    callbacks = _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
         report.announce(log, method, data, layout, max_steps, global_batch, run_dir)
-    _start_metrics(loggers[0], ckpt)
+    loggers[0].start_at(0 if ckpt is None else step_of(ckpt))
     trainer.fit(module, run_data, ckpt_path=ckpt, weights_only=True)
     results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
     if trainer.is_global_zero:
@@ -140,16 +143,18 @@ def _max_steps(trainer: dict[str, Any], num_clips: int, global_batch: int) -> in
     return math.ceil(trainer["max_epochs"] * num_clips / global_batch)
 
 
-def _crop(data: dict[str, Any], frontend, rate_hz: int) -> tuple[int, float]:
-    """Give the crop in samples of the loader's rate and in seconds: what is asked for, else what fills the frames."""
+def _crop_samples(data: dict[str, Any], frontend, rate_hz: int) -> int:
+    """Count the samples of a crop at the loader's rate: as long as asked for, else what fills the frames."""
     if data["crop_seconds"] is not None:
-        seconds = data["crop_seconds"]
-    else:
-        seconds = frontend.samples_for(frontend.frames) / frontend.rate_hz
-    return math.ceil(seconds * rate_hz - 1e-6), seconds
+        return round(data["crop_seconds"] * rate_hz)
+    if frontend.frames is None:
+        raise UserError("data.crop_seconds and frontend.seconds are both null; say how long a crop is")
+    return math.ceil(frontend.samples_for(frontend.frames) * rate_hz / frontend.rate_hz)
 
 
-def _callbacks(config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, provenance) -> list:
+def _callbacks(
+    config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, provenance, metrics: MetricsCsv
+) -> list:
     checkpoint = Checkpointing(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )
@@ -157,6 +162,7 @@ def _callbacks(config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeC
         Progress(refresh_rate=5),
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
+        Rows(metrics),
         checkpoint,
         Preemption(checkpoint),
     ]
@@ -203,11 +209,6 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
         plugins=plugins,
         default_root_dir=config["run_dir"],
     )
-
-
-def _start_metrics(metrics: MetricsCsv, ckpt: Path | None) -> None:
-    step = 0 if ckpt is None else torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    metrics.start_at(step)
 
 
 def _write_provenance(run_dir: Path, config: dict[str, Any], provenance: dict[str, Any]) -> None:

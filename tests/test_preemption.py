@@ -11,7 +11,7 @@ import time
 import pytest
 from toy_training import Toys, straight_weights, toys
 
-from audiossl.signals import ignore_signals_in_worker
+from audiossl.loader import start_worker
 
 
 @pytest.fixture(name="toys", scope="module")
@@ -96,7 +96,7 @@ def test_loader_workers_go_on_when_the_whole_process_group_is_signalled(toys, tm
 
 
 def hang(ready) -> None:
-    ignore_signals_in_worker(0)
+    start_worker(0)
     ready.set()
     time.sleep(60)
 

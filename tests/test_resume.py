@@ -56,12 +56,15 @@ def test_fourteen_steps_equal_three_a_kill_and_a_resume(folder_shards, tmp_path,
     assert keys[:40] != keys[40:80], "and the next comes in another order"
 
 
-def test_sigterm_saves_at_a_step_and_a_resume_ends_the_same(folder_shards, tmp_path):
+@pytest.mark.parametrize(
+    ("sig", "expected"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_at_a_step_and_a_resume_ends_the_same(folder_shards, tmp_path, sig, expected):
     train(*settings(folder_shards, tmp_path / "straight", 0, 1), cwd=tmp_path)
     arguments = settings(folder_shards, tmp_path / "asked", 0, 1)
     process = start(*arguments, cwd=tmp_path)
-    code = kill_when(process, tmp_path / "asked" / "checkpoints" / "step=000000003.ckpt", signal.SIGTERM)
-    assert code == 75
+    code = kill_when(process, tmp_path / "asked" / "checkpoints" / "step=000000003.ckpt", sig)
+    assert code == expected
     train(*arguments, "ckpt=must", cwd=tmp_path)
     assert_same_run(tmp_path / "straight", tmp_path / "asked")
 

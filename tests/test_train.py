@@ -8,7 +8,6 @@ import soundfile
 import torch
 import yaml
 from commands import TINY, metrics, train
-from conftest import ROOT
 
 import audiossl
 from audiossl.__main__ import main
@@ -150,10 +149,3 @@ def test_shards_without_an_index_are_told_how_to_get_one(folder_shards, tmp_path
     (tmp_path / shard.name).write_bytes(shard.read_bytes())
     output = train("data=folder", f"data.shards={tmp_path}/*.tar", cwd=tmp_path, expect=2)
     assert "python -m audiossl index" in output
-
-
-def test_the_readmes_commands_are_the_ones_that_are_run():
-    readme = (ROOT / "README.md").read_text()
-    assert "pip install -e . -c constraints.txt && python train.py" in readme
-    test_command = "pip install -e '.[test]' -c constraints.txt && pytest"
-    assert test_command in readme and test_command in (ROOT / ".ci" / "run").read_text()

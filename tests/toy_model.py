@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from audiossl.signals import ignore_signals_in_worker
+from audiossl.loader import start_worker
 
 
 class Clips(Dataset):
@@ -31,7 +31,7 @@ class Loader:
 
     def __init__(self, first: int, num_batches: int, num_workers: int):
         self.num_batches = num_batches
-        worker_init_fn = ignore_signals_in_worker if num_workers else None
+        worker_init_fn = start_worker if num_workers else None
         clips = Clips(first, num_batches)
         self.loader = DataLoader(clips, batch_size=None, num_workers=num_workers, worker_init_fn=worker_init_fn)
 

@@ -1,0 +1,52 @@
+"""What the README says can be typed."""
+
+import re
+import shlex
+
+import hydra
+import pytest
+from conftest import ROOT
+
+from audiossl.__main__ import COMMANDS
+from audiossl.cli import CONF
+from audiossl.overrides import Composer
+from audiossl.settings import check
+from audiossl.specs import SPECS
+
+README = (ROOT / "README.md").read_text()
+LINES = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+TRAIN = [line.split("python train.py")[1] for line in LINES if "python train.py" in line]
+
+
+@pytest.mark.parametrize("line", TRAIN, ids=[line.strip() or "bare" for line in TRAIN])
+def test_every_train_command_has_a_valid_config(line):
+    words = shlex.split(line)
+    is_sweep = "-m" in words
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        composer = Composer("train", SPECS["train"], [], is_sweep)
+        jobs = list(composer.jobs([word for word in words if word != "-m"]))
+        for cfg in jobs:
+            check(cfg, SPECS["train"])
+    assert len(jobs) == (6 if is_sweep else 1)
+
+
+def test_every_other_command_exists():
+    used = {line.split()[3] for line in LINES if line.startswith("python -m audiossl")}
+    assert used and used <= set(COMMANDS)
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else():
+    command = "pip install -e '.[test]' -c constraints.txt && pytest"
+    assert command in LINES
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\n" + command)
+
+
+def test_every_module_is_on_the_map():
+    modules = {p.stem for p in (ROOT / "audiossl").rglob("*.py") if not p.stem.startswith("__")}
+    house = README.split("## The house")[1].split("## Sources")[0]
+    missing = {m for m in modules if not re.search(rf"\b{m}\b", house)}
+    assert not missing, f"not in the README's map: {sorted(missing)}"
