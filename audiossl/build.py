@@ -15,6 +15,13 @@ from audiossl.weights.reading import newest_checkpoint, read_torch_file
 
 log = logging.getLogger(__name__)
 
+FIXED = {  # what a resumed run must have in common with the run it resumes; None: all of the section
+    "model": None,
+    "frontend": None,
+    "data": ("split", "validation_clips", "crop_seconds", "padding", "rate_hz"),
+    "optim": ("weight_decay", "betas", "eps"),
+}
+
 
 def method_from_config(config: dict[str, Any]) -> nn.Module:
     """Build the front end and the method around it; `config` is plain and resolved."""
@@ -39,7 +46,7 @@ def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_initial_weights(method: nn.Module, source: str) -> str:
-    """Start `method.encoder` (and all else that fits, from one of our checkpoints) from `source`; say what was taken.
+    """Start `method.encoder` from `source`; say what was taken.
 
     `source`: a run's folder, a checkpoint, `encoder.safetensors`, the authors' `.pth`, or `timm:NAME` for ImageNet
     weights. Position tables are taken only when the grids agree. Raises `UserError` listing the first mismatches.
@@ -55,18 +62,20 @@ def load_initial_weights(method: nn.Module, source: str) -> str:
 
 
 def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
-    """Refuse to resume from a checkpoint of another run: model, front end, seed, corpus or global batch differ.
+    """Refuse to resume from a checkpoint of another run: model, front end, seed, clips or global batch differ.
 
-    Learning rate, length, loggers and the like may change. Returns the provenance saved in it; raises `UserError` that
+    So do the optimiser's settings that its saved state would silently put back. Learning rate, length, workers, ranks,
+    loggers and the like may change. Returns the provenance saved in it; raises `UserError` that
     names each key that changed, saved and now.
     """
     saved = read_torch_file(path).get("audiossl")
     if saved is None:
         raise UserError(f"ckpt={path}: not a checkpoint of train.py; to start from its weights use init={path}")
     pairs = {"seed": (saved["config"]["seed"], config["seed"])}
-    for section in ("model", "frontend"):
+    for section, fixed in FIXED.items():
         before, now = saved["config"][section], config[section]
-        pairs |= {f"{section}.{k}": (before.get(k), now.get(k)) for k in sorted({*before, *now})}
+        names = sorted({*before, *now}) if fixed is None else fixed
+        pairs |= {f"{section}.{k}": (before.get(k), now.get(k)) for k in names}
     for key in ("corpus_hash", "global_batch"):
         pairs[key] = (saved["provenance"][key], provenance[key])
     changed = [f"{k}: {_short(a)} -> {_short(b)}" for k, (a, b) in pairs.items() if a != b]

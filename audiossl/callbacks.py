@@ -18,6 +18,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch.utils.flop_counter import FlopCounterMode
 
+from audiossl.checkpoint_io import write_atomically
 from audiossl.loggers import MetricsCsv, log_picture
 from audiossl.noise import Noise
 from audiossl.plots import reconstruction_figure
@@ -70,7 +71,9 @@ class Throughput(Callback):
         if self._batches < self.every_steps * trainer.accumulate_grad_batches:
             return
         clips = self._batches * module.batch_size * trainer.world_size / self._seconds
-        metrics = {"clips_per_second": clips, "tokens_per_second": clips * module.method.tokens_per_clip}
+        metrics = {"clips_per_second": clips}
+        if tokens := getattr(module.method, "tokens_per_clip", None):
+            metrics["tokens_per_second"] = clips * tokens
         peak = _peak_flops(module.device, trainer.precision)
         if peak and self.flops_per_clip:
             metrics["mfu"] = 3 * self.flops_per_clip * clips / trainer.world_size / peak
@@ -157,25 +160,22 @@ class Forensics(Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, NonFiniteError):
             return
-        batch = module.last_batch
+        seen = module.step_batches
+        batches = [(b, x) for b, x in seen if not x.isfinite()] or seen  # the guilty micro-batches, else all
         bad = [n for n, p in module.method.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         suffix = f"-rank={trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.folder / f"nonfinite-step={trainer.global_step:09d}{suffix}.pt"
-        waveform = None if batch.waveform is None else batch.waveform.cpu()
+        keys = [key for batch, _ in batches for key in batch.key]
         record = {
             "step": trainer.global_step,
-            "loss": float(module.last_loss),
-            "keys": list(batch.key),
-            "waveform": waveform,
-            "spectrogram": None if batch.spectrogram is None else batch.spectrogram.cpu(),
+            "losses": [float(loss) for _, loss in batches],
+            "keys": keys,
+            "waveforms": [None if b.waveform is None else b.waveform.cpu() for b, _ in batches],
+            "spectrograms": [None if b.spectrogram is None else b.spectrogram.cpu() for b, _ in batches],
             "non_finite_gradients": bad,
-            "weights": {k: v.cpu() for k, v in module.method.state_dict().items()},
         }
-        torch.save(record, path)
-        log.error(
-            "%s; loss %s; clips %s; the update was not applied; all that is needed to look into it is in %s",
-            exception,
-            record["loss"],
-            ", ".join(batch.key[:8]) + (" ..." if len(batch.key) > 8 else ""),
-            path,
-        )
+        if trainer.is_global_zero:
+            record["weights"] = {k: v.cpu() for k, v in module.method.state_dict().items()}
+        write_atomically(path, lambda file: torch.save(record, file))
+        named = ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "")
+        log.error("%s; clips %s; the update was not applied; what it takes to look into it: %s", exception, named, path)

@@ -125,6 +125,11 @@ def _check(config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: 
                     check(cfg, spec)
                 except UnknownKeyError as error:  # overrides were checked before, so a file has it
                     raise UserError(f"{written_in(cfg, error.key) or conf}: {error}") from error
+                if composer.is_sweep and cfg.get("trainer", {}).get("devices", 1) not in (1, "auto"):
+                    raise UserError(
+                        f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
+                        "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
+                    )
                 if number == 0 and _is_first_process():
                     _check_folder(cfg, composer.is_sweep)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

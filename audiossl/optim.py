@@ -128,15 +128,17 @@ def _grouped(rows: Iterable[tuple[str, nn.Parameter, float, float]]) -> list[dic
     return list(groups.values())
 
 
-def build_optimizer(module: nn.Module | list[dict], settings: OptimSettings, *, lr: float) -> torch.optim.AdamW:
-    """Build AdamW over a module's parameters, or over ready groups; on CUDA in one fused kernel.
+def build_optimizer(
+    module: nn.Module | list[dict], settings: OptimSettings, *, lr: float, allow_fused: bool = True
+) -> torch.optim.AdamW:
+    """Build AdamW over a module's parameters, or over ready groups; on CUDA in one fused kernel if `allow_fused`.
 
     A caller who changes the rate sets every group's `lr` to rate x `lr_scale`.
     """
     groups = module
     if isinstance(module, nn.Module):
         groups = parameter_groups(module, weight_decay=settings.weight_decay)
-    fused = all(p.is_cuda for group in groups for p in group["params"])
+    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps, fused=fused or None)

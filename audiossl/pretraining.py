@@ -52,8 +52,7 @@ class Pretraining(pl.LightningModule):
         self.batch_size = batch_size
         self.waveform_rate_hz = waveform_rate_hz
         self.seed = seed
-        self.last_batch: Batch | None = None
-        self.last_loss: Tensor | None = None
+        self.step_batches: list[tuple[Batch, Tensor]] = []  # with their losses: what this optimiser step has seen
         self.idle_since = 0.0  # seconds: when the last step's own work, and what callbacks did after it, was over
         self.row: dict[str, Tensor | float] = {}
         self._window: list[dict[str, Tensor]] = []
@@ -79,7 +78,9 @@ class Pretraining(pl.LightningModule):
         torch.manual_seed(mix_seed(self.seed, "dropout", step, micro, self.global_rank))
         noise = Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
         output = self.method(self.prepare(batch), generator=noise)
-        self.last_batch, self.last_loss = batch, output["loss"].detach()
+        if micro == 0:
+            self.step_batches = []
+        self.step_batches.append((batch, output["loss"].detach()))
         self._window.append({k: v.detach() for k, v in output.items()})
         if len(self._window) == self.trainer.accumulate_grad_batches:
             self._log_window()
@@ -109,7 +110,23 @@ class Pretraining(pl.LightningModule):
         self.log("val_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.method, self.optim, lr=self.optim.peak_lr(self.global_batch_size))
+        # Lightning refuses to clip behind a fused optimiser, and a gradient scaler would not unscale before our look
+        allow_fused = not self.trainer.gradient_clip_val and self._scaler is None
+        peak = self.optim.peak_lr(self.global_batch_size)
+        return build_optimizer(self.method, self.optim, lr=peak, allow_fused=allow_fused)
+
+    @property
+    def _scaler(self):
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Count micro-batches anew: another accumulation with the same global batch resumes at the same clips."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        shift = done - progress["current"]["processed"]
+        for scope in ("current", "total"):
+            for count in ("ready", "started", "processed", "completed"):
+                progress[scope][count] += shift
 
     def lr_at(self, step: int) -> float:
         """Give the learning rate of optimiser step `step` (0-based)."""
@@ -132,10 +149,13 @@ class Pretraining(pl.LightningModule):
             self.method.after_step(step, self.max_steps)
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Measure the gradient; a non-finite one ends the run here, inside the closure, before any weight moves."""
+        """Measure the gradient; a non-finite one ends the run here, inside the closure, before any weight moves.
+
+        Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
+        """
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None and not math.isfinite(float(norm)):
-            raise NonFiniteError(f"step {self.global_step}: the gradient's norm is {float(norm)}")
+        loss = float(self.row["loss"])
+        if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):
+            raise NonFiniteError(f"step {self.global_step}: the loss is {loss:g}, the gradient's norm {float(norm):g}")
         self.record({"grad_norm": norm})

@@ -145,6 +145,12 @@ class ProbeCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._run(trainer, module)
 
+    def complete(self, method: nn.Module, step: int) -> None:
+        """Score what is still missing of the closing table: a run resumed at its end trains no step that would."""
+        self.baseline = self.baseline or self.probe.baseline(method.frontend)
+        if step not in self.history:
+            self.history[step] = self.probe.run(method.encoder, method.frontend)
+
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step not in self.history:  # several micro-batches end at the same step

@@ -23,11 +23,11 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     encoder = sum(p.numel() for p in method.encoder.parameters() if p.requires_grad)
     log.info(
-        "%s: %.1f M parameters (encoder %.1f M), %d tokens a clip",
+        "%s: %.1f M parameters (encoder %.1f M), %s tokens a clip",
         type(method).__name__,
         trained / 1e6,
         encoder / 1e6,
-        method.tokens_per_clip,
+        getattr(method, "tokens_per_clip", "?"),
     )
     log.info(
         "%d clips (%.2f h); %d steps x %d clips = %.1f epochs%s; everything goes to %s",
@@ -41,10 +41,12 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
     )
 
 
-def finish(method: nn.Module, config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None) -> dict:
+def finish(
+    method: nn.Module, config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, step: int
+) -> dict[str, Any]:
     """Export the encoder, draw pictures and sound, print the closing table; give what goes into `results.json`."""
     export_encoder(method, config, run_dir / "encoder.safetensors")
-    if clips:
+    if clips and hasattr(method, "reconstruct"):
         write_reconstructions(method, clips, run_dir, seed=config["seed"])
     steps, loss, validation = read_losses(run_dir / "metrics.csv")
     loss_figure(steps, loss, validation, run_dir / "loss.png")
@@ -53,6 +55,7 @@ def finish(method: nn.Module, config: dict[str, Any], run_dir: Path, clips: list
     results = {"loss": loss[-1] if loss else None, "val_loss": validation[-1][1] if validation else None}
     if probe is None:
         return results
+    probe.complete(method, step)
     console.print(_scores_table(probe.table()))
     history = {str(step): scores for step, scores in probe.history.items()}
     return results | {"scores": probe.history[max(probe.history)], "history": history, "baseline": probe.baseline}

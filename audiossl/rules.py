@@ -63,7 +63,7 @@ RULES = (
     Rule("trainer.gradient_clip_val", *POSITIVE),
     Rule("trainer.log_every_n_steps", *_at_least(1)),
     Rule("trainer.devices", "at least 1, or -1 for all", lambda v: v >= 1 or v == -1),
-    Rule("*.every_steps", *_at_least(1)),
+    Rule("*every_steps", *_at_least(1)),
     Rule("*.every_minutes", *POSITIVE),
     Rule("*.keep_last", *_at_least(1)),
     Rule("*.keep_*", *_at_least(0)),
@@ -111,8 +111,11 @@ def check_pretraining(values: Mapping[str, object]) -> None:
     warmup, epochs = values.get("optim.warmup_epochs"), values.get("trainer.max_epochs")
     if warmup and epochs and not steps and warmup > epochs:
         raise UserError(f"optim.warmup_epochs={warmup}: is longer than trainer.max_epochs={epochs}")
-    if "trainer.max_steps" in values and steps is None and values.get("trainer.max_epochs") is None:
-        raise UserError("trainer.max_steps=null: needs trainer.max_epochs=N, or the run would never end")
+    if "trainer.max_steps" in values and (steps is None) == (values.get("trainer.max_epochs") is None):
+        raise UserError(
+            f"trainer.max_steps={show(steps)}, trainer.max_epochs={show(values.get('trainer.max_epochs'))}: "
+            "give one of them, null the other"
+        )
 
 
 def _check_bands(values: Mapping[str, object]) -> None:

@@ -7,6 +7,7 @@ are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size 
 
 from __future__ import annotations
 
+import logging
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from audiossl.audio import decode, resample
+from audiossl.audio import AudioError, decode, resample
 from audiossl.badclips import BadClips
 from audiossl.clips import ClipDataset
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, StepSampler
+
+log = logging.getLogger(__name__)
 
 MAX_EXAMPLE_SECONDS = 30.0
 
@@ -146,7 +149,7 @@ class ShardData:
         """Pick clips to look at, one of each kind in turn: name and waveform (S,) float32 at `default_rate_hz`.
 
         The kind is what the clip's json says (`kind`), else its labels. From the clips held out where there are some;
-        at most 30 s of each; unreadable clips raise as in training.
+        at most 30 s of each; an unreadable clip is passed over with a line in the log.
         """
         pool = self.held_out if self.num_validation_clips else self.clips
         by_kind: dict[str, list[int]] = {}
@@ -155,7 +158,15 @@ class ShardData:
             by_kind.setdefault(str(kind), []).append(i)
         depth = max(map(len, by_kind.values()), default=0)
         turns = [(k, i) for turn in range(depth) for k, clips in by_kind.items() for i in clips[turn : turn + 1]]
-        return [(f"{kind}: {self.index.key(i)}".removeprefix(": "), self._waveform(i)) for kind, i in turns[:num_clips]]
+        examples = []
+        for kind, i in turns:
+            if len(examples) == num_clips:
+                break
+            try:
+                examples.append((f"{kind}: {self.index.key(i)}".removeprefix(": "), self._waveform(i)))
+            except AudioError as error:
+                log.warning("%s in %s makes no picture: %s", self.index.key(i), self.index.shard_path(i), error)
+        return examples
 
     def _waveform(self, i: int) -> torch.Tensor:
         rate_hz = int(self.index.rate_hz[i])

@@ -34,6 +34,7 @@ from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
 from audiossl.shards import ShardData
+from audiossl.signals import PREEMPTED, Preempted
 from audiossl.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,9 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
     max_steps = _max_steps(config["trainer"], data.num_clips, global_batch)
-    optim = optim.in_steps(data.num_clips / global_batch, max_steps)
-    ckpt = resolve_ckpt(config["ckpt"], run_dir)
+    optim = _warmed_up(optim, data.num_clips / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch}
-    if ckpt is not None:
-        provenance["init"] = check_same_run(ckpt, config, provenance)["init"]
-    elif config["init"]:
-        provenance["init"] = load_initial_weights(method, config["init"])
+    ckpt = _start(config, method, run_dir, provenance)
     module = Pretraining(
         method,
         optim=optim,
@@ -100,7 +97,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     samples = _crop_samples(config["data"], method.frontend, data.rate_hz)
     run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
-    clips = data.example_clips(config["pictures"]["clips"])
+    clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
     callbacks = _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
@@ -109,12 +106,25 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         report.announce(log, method, data, layout, max_steps, global_batch, run_dir)
     loggers[0].start_at(0 if ckpt is None else step_of(ckpt))
     trainer.fit(module, run_data, ckpt_path=ckpt, weights_only=True)
+    if trainer.global_step < max_steps:
+        log.warning("stopped at step %d of %d; ckpt=last goes on", trainer.global_step, max_steps)
+        raise Preempted(PREEMPTED)
     results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
     if trainer.is_global_zero:
-        results |= report.finish(method, config, run_dir, clips, probe)
+        results |= report.finish(method, config, run_dir, clips, probe, trainer.global_step)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
     return results
+
+
+def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any]) -> Path | None:
+    """Find the checkpoint to resume from, else load the weights to start from; note their origin in `provenance`."""
+    ckpt = resolve_ckpt(config["ckpt"], run_dir)
+    if ckpt is not None:
+        provenance["init"] = check_same_run(ckpt, config, provenance)["init"]
+    elif config["init"]:
+        provenance["init"] = load_initial_weights(method, config["init"])
+    return ckpt
 
 
 def _quieten() -> None:
@@ -135,11 +145,19 @@ def _layout(trainer: dict[str, Any]) -> Layout:
     return plan(accelerator, trainer["devices"], trainer["num_nodes"], available=available)
 
 
+def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
+    settled = optim.in_steps(steps_per_epoch, max_steps)
+    if settled.warmup_steps > max_steps:
+        raise UserError(
+            f"optim.warmup_epochs={optim.warmup_epochs} is {settled.warmup_steps} steps here, more than the run's "
+            f"{max_steps}; for a short one take optim.warmup_epochs=null optim.warmup_ratio=0.1"
+        )
+    return settled
+
+
 def _max_steps(trainer: dict[str, Any], num_clips: int, global_batch: int) -> int:
     if trainer["max_steps"] is not None:
         return trainer["max_steps"]
-    if trainer["max_epochs"] is None:
-        raise UserError("trainer.max_steps and trainer.max_epochs are both null; give one of them")
     return math.ceil(trainer["max_epochs"] * num_clips / global_batch)
 
 
@@ -159,19 +177,19 @@ def _callbacks(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )
     callbacks = [
-        Progress(refresh_rate=5),
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
         Rows(metrics),
         checkpoint,
         Preemption(checkpoint),
     ]
-    if clips:
-        callbacks.append(
-            Pictures(every_steps=config["pictures"]["every_steps"], clips=clips, folder=run_dir / "pictures")
-        )
+    if config["trainer"].get("enable_progress_bar", True):
+        callbacks.append(Progress(refresh_rate=5))
     if config["trace"]:
-        callbacks.append(Trace(run_dir))
+        callbacks.append(Trace(run_dir))  # before the pictures, which use the encoder too
+    if clips:
+        every_steps = config["pictures"]["every_steps"]
+        callbacks.append(Pictures(every_steps=every_steps, clips=clips, folder=run_dir / "pictures"))
     return callbacks + ([] if probe is None else [probe])
 
 
@@ -184,7 +202,7 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
     if strategy == "auto":
         strategy = "ddp" if layout.devices * layout.num_nodes > 1 else "auto"
     if precision == "auto":
-        has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported()
+        has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if has_bf16 else "32-true"
     plugins = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():

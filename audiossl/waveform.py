@@ -32,6 +32,8 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
     waveform = to_float(waveform)
     if from_hz == to_hz:
         return waveform
+    if not len(waveform):  # torchaudio cannot reshape nothing
+        return waveform.new_zeros(0, resampled_samples(waveform.shape[-1], from_hz, to_hz))
     with torch.autocast(waveform.device.type, enabled=False):
         return resampler(from_hz, to_hz, waveform.device)(waveform)
 

@@ -3,16 +3,19 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from maes import TINY as SIZES
 from maes import audiomae
 
 from audiossl.batch import Batch
 from audiossl.callbacks import Forensics, Throughput
+from audiossl.methods.audiomae import AudioMAE
 from audiossl.noise import Noise
 from audiossl.optim import OptimSettings
 from audiossl.pretraining import NonFiniteError, Pretraining
 from audiossl.shards import ShardData
+from audiossl.spectrogram import PasstMel
 
 OPTIM = OptimSettings(
     lr=1e-3, base_lr=None, min_lr=0.0, warmup_steps=2, warmup_epochs=None, warmup_ratio=None, betas=(0.9, 0.95),
@@ -106,7 +109,7 @@ def test_a_nan_stops_the_run_before_the_update_and_leaves_evidence(tmp_path):
     assert all(torch.equal(v, module.method.state_dict()[k]) for k, v in poison.weights.items())
     record = torch.load(tmp_path / "nonfinite-step=000000002.pt", weights_only=True)
     assert record["step"] == 2 and len(record["keys"]) == 4 and record["non_finite_gradients"]
-    assert record["waveform"][1].isnan().all() and record["loss"] != record["loss"]
+    assert record["waveforms"][0][1].isnan().all() and record["losses"][0] != record["losses"][0]
 
 
 def test_throughput_is_logged_and_counts_the_models_arithmetic():
@@ -125,9 +128,27 @@ def test_throughput_is_logged_and_counts_the_models_arithmetic():
 
 def test_a_micro_batch_without_a_readable_clip_changes_nothing_and_breaks_nothing():
     module = module_for(demo_data(), 1)
+    module.waveform_rate_hz = 32000
     empty = Batch(
         torch.zeros(0, 11000, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), rows=torch.zeros(0).long()
     )
     loss = module.method(module.prepare(empty), generator=Noise.for_batch(0, 0, 0))["loss"]
     loss.backward()
     assert float(loss) == 0 and all(p.grad is None or not p.grad.any() for p in module.method.parameters())
+
+
+def test_the_front_ends_own_noise_is_drawn_in_training_and_only_there():
+    """PaSST shifts its mel bands from step to step; the spectrogram the encoder sees shows it."""
+    conf = yaml.safe_load((ROOT / "conf" / "frontend" / "passt_mel.yaml").read_text())
+    del conf["_target_"]
+    frontend = PasstMel(**conf | {"seconds": 0.64, "hop_ms": 10.0})
+    model = yaml.safe_load((ROOT / "conf" / "model" / "audiomae.yaml").read_text()) | SIZES
+    method = AudioMAE(frontend=frontend, **{name: value for name, value in model.items() if name != "_target_"})
+    seen = []
+    method.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
+    batch = Batch(torch.randn(2, 21000, generator=torch.Generator().manual_seed(0)), rows=torch.arange(2))
+    for is_training in (True, False):
+        method.train(is_training)
+        for step in range(2):
+            method(batch, generator=Noise.for_batch(0, step, 2))
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])

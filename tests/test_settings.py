@@ -86,7 +86,7 @@ trainer.max_step=5             trainer.max_steps
 trainr.max_steps=1             trainer.max_steps
 trainer.presicion=32-true      trainer.precision
 trainer.acumulate_grad_batches=2  trainer.accumulate_grad_batches
-trainer.limit_train_batch=2    trainer.limit_train_batches
+trainer.gradient_clip_va=2     trainer.gradient_clip_val
 model.maskratio=0.7            model.mask_ratio
 model.decoder_dept=2           model.decoder_depth
 +model.num_head=4              model.num_heads
@@ -124,7 +124,7 @@ optim.betas=[0.9]                 must be a list of 2
 optim.betas=[0.9,1.5]             must be at least 0 and below 1
 optim.weight_decay=-0.1           must be at least 0
 optim.weight_decay=               must be a number; nothing was given
-optim.warmup_steps=1300           is longer than trainer.max_steps=1200
+optim.warmup_steps=1300           is longer than trainer.max_steps=1000
 trainer.max_steps=abc             must be a whole number or null
 trainer.max_steps=0               must be at least 1
 trainer.max_steps=-5              must be at least 1
@@ -132,7 +132,7 @@ trainer.max_steps=1e3             must be a whole number or null; write 1000
 trainer.max_steps=1e99            must be a whole number or null
 trainer.max_steps=99999999999999999999999  must be a whole number
 trainer.max_steps=                must be a whole number or null; nothing was given, null stands for none
-trainer.max_steps=null            needs trainer.max_epochs
+trainer.max_steps=null            give one of them
 trainer.precision=bf16-mixd       must be one of bf16-mixed, 16-mixed
 trainer.accumulate_grad_batches=0 must be at least 1
 trainer.accumulate_grad_batches=1.5  must be a whole number

@@ -77,6 +77,15 @@ def test_a_second_run_of_that_name_is_refused_before_anything_is_touched(finishe
     assert (run / "metrics.csv").read_bytes() == before
 
 
+def test_a_finished_run_that_is_resumed_says_what_it_said(finished):
+    run, _ = finished
+    before = json.loads((run / "results.json").read_text())
+    shortened = ["trainer.max_steps=8", "validate_every_steps=4", "pictures.every_steps=4", "probe.every_steps=4"]
+    train(*DEMO, *shortened, "name=short", "ckpt=last", cwd=run.parent.parent)
+    after = json.loads((run / "results.json").read_text())
+    assert (after["steps"], after["scores"], after["loss"]) == (8, before["scores"], before["loss"])
+
+
 def test_any_audio_file_can_be_reconstructed(finished, tmp_path, capsys):
     run, _ = finished
     soundfile.write(tmp_path / "mine.wav", torch.randn(44100, 2).numpy() * 0.1, 44100)
@@ -136,6 +145,11 @@ def test_wandb_logs_offline_without_a_key(folder_shards, tmp_path):
         (["frontend.seconds=2.5"], "frontend.seconds=2.5"),
         (["frontend.seconds=0.1"], "frontend.seconds=0.1"),
         (["trainer=cpu", "trainer.devices=4096"], "trainer.devices=4096"),
+        (["trainer.max_epochs=5"], "trainer.max_epochs=5"),
+        (["validate_every_steps=0"], "validate_every_steps=0"),
+        (["-m", "trainer.devices=2", "seed=1,2"], "trainer.devices=2"),
+        (["trainer.limit_train_batches=2"], "trainer.limit_train_batches"),
+        (["init=/nowhere.safetensors"], "/nowhere.safetensors"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_key_and_way_out(tmp_path, arguments, expected):

@@ -171,7 +171,7 @@ class AudioMAE(nn.Module):
             return {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
         spectrogram = batch.spectrogram
         if spectrogram is None:
-            spectrogram = self.frontend(batch.waveform, batch.num_samples)
+            spectrogram = self.frontend(batch.waveform, batch.num_samples, generator)
         keep = self.masking.keep(generator, self.encoder.grid_for(spectrogram))
         return {"loss": self.loss(spectrogram, keep)}
 

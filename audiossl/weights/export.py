@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -82,14 +81,7 @@ def load_encoder(path: str | Path) -> LoadedEncoder:
 
 def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read description and tensors of an exported encoder."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; a finished run leaves encoder.safetensors in its folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    metadata, weights = read_safetensors(path)
     if "description" not in metadata:
         raise UserError(
             f"{path}: a safetensors file, but not one that audiossl exported (no description in its header)"
@@ -100,3 +92,14 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: written by audiossl {description['audiossl']}, newer than this {__version__}; upgrade"
         )
     return description, weights
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read header texts and tensors; raise `UserError` naming a file that is missing or broken."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a finished run leaves encoder.safetensors in its folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None

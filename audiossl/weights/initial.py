@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.weights.audiomae import import_encoder, is_audiomae
-from audiossl.weights.export import read_export
+from audiossl.weights.export import read_export, read_safetensors
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 
 
@@ -32,8 +31,8 @@ def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], s
     path = Path(source)
     path = path / "encoder.safetensors" if path.is_dir() and (path / "encoder.safetensors").exists() else path
     if path.suffix == ".safetensors":
-        if _is_timm(load_file(path)):
-            return from_timm(load_file(path), encoder), f"image weights {path}"
+        if _is_timm(tensors := read_safetensors(path)[1]):
+            return from_timm(tensors, encoder), f"image weights {path}"
         return _fit_positions(read_export(path)[1], encoder), f"encoder {path}"
     path = newest_checkpoint(path) if path.is_dir() else path
     checkpoint = read_torch_file(path)
