@@ -2,7 +2,7 @@
 
 Random numbers decide: the cells, columns or rows with the smallest ones stay. One decision has two faces, `keep` (B,
 K) for encoders that drop hidden patches and `mask` (B, N) for those that replace them. Random, time, frequency and
-time+frequency masking as in Audio-MAE (2207.06405, section 3); random is what it was pre-trained with.
+time+frequency masking as in Audio-MAE (2207.06405); random is what it was pre-trained with.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int], s
 def normalise_patches(patches: Tensor) -> Tensor:
     """Give every patch (.., P) mean 0 and variance 1, unbiased, with an epsilon of 1e-6 inside the root.
 
-    Source: Audio-MAE `models_mae.py`, `norm_pix_loss`; MAE section 4.1.
+    Source: Audio-MAE `models_mae.py`, `norm_pix_loss`; MAE.
     """
     return (patches - patches.mean(-1, keepdim=True)) / patch_std(patches)
 

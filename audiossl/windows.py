@@ -2,7 +2,7 @@
 
 Attention runs inside 4x4 windows of patches, and every other block shifts the windows so that neighbours mix.
 Similarity is the cosine divided by a learned temperature, plus a bias that a small MLP derives from the log-spaced
-offset of two cells: the Swin V2 block (2111.09883) as Audio-MAE's local decoder uses it (2207.06405, section 3).
+offset of two cells: the Swin V2 block (2111.09883) as Audio-MAE's local decoder uses it (2207.06405).
 """
 
 from __future__ import annotations

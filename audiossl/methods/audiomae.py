@@ -20,7 +20,7 @@ from audiossl.noise import Noise
 from audiossl.patches import SinCosPositions, normalise_patches, patchify, spread_from_visible, unpatchify
 from audiossl.windows import LocalBlock, check_windows, shift_mask, shift_of
 
-GLOBAL_BLOCKS_OF_HYBRID = 4  # paper, section 4: local layers first, the last four attend globally
+GLOBAL_BLOCKS_OF_HYBRID = 4  # paper: local layers first, the last four attend globally
 
 
 class Decoder(nn.Module):
