@@ -13,17 +13,31 @@ from audiossl import checkpoint_io
 
 
 def prepare(fault: dict, checkpoints: Path) -> None:
-    """Arm kill: POINT, limit: BYTES of a file, disk: BYTES, uid: of the process, or undeletable: True."""
+    """Arm kill: POINT, limit: BYTES of a file, disk: BYTES, obey_modes: True (root too), or undeletable: True."""
     if "kill" in fault:
         kill_at(fault["kill"])
     if "limit" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
     if "disk" in fault:
         mount_small_disk(checkpoints, fault["disk"])
-    if "uid" in fault:
-        os.setuid(fault["uid"])
+    if "obey_modes" in fault:
+        give_up_overriding_modes()
     if "undeletable" in fault:
         refuse_removal()
+
+
+def give_up_overriding_modes() -> None:
+    """Make root obey the modes of files, as any user does, and still be the owner of the environment (capset(2))."""
+    version_3 = 0x20080522
+    header = (ctypes.c_uint32 * 2)(version_3, 0)  # this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: bits 0-31, then 32-63
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    override, read_search = 1 << 1, 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    sets[0] &= ~(override | read_search)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def kill_at(point: str) -> None:
