@@ -31,13 +31,14 @@ MAX_SECONDS = 60.0  # of a clip that are measured: the first ones
 SILENCE_SECONDS = 0.05  # zeros shorter than this are a waveform that crosses zero
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
 ROLLOFF = 0.99
+OFTEN = 0.05  # of the frames
 HALF_EMPTY = 0.55  # of the band: what upsampling from half the rate, and its filter, leave
 SCALARS = ("seconds", "peak", "power", "dc", "silent", "clipped", "rolloff_hz", "edge_hz", "is_half_empty")
 MEL_SCALARS = ("cells", "sum", "squares", "min", "max")
 FIXED_POINT = 2.0**20  # sums of bands are added as integers, which no order changes
 _FFT = 1024
 _ROUNDING_POWER = 2.0**-30 / 12  # of a waveform rounded to 16 bits
-_ABOVE_ROUNDING = 8.0  # 9 dB: dither is up to 5 dB above rounding
+_ABOVE_ROUNDING = 16.0  # 12 dB: dither is up to 5 dB above rounding, its loudest frames as much again
 
 
 class Place(NamedTuple):
@@ -142,18 +143,21 @@ def bandwidth(values: np.ndarray, rate_hz: int) -> tuple[float, float]:
     """Give the frequency below which 99 % of the energy lies, and the highest one that is louder than rounding.
 
     The second is the edge of what was recorded: a clip upsampled from 8 kHz has its edge at 4 kHz, whatever its rate
-    now. NaN for a waveform without energy.
+    now. It must be louder in 5 % of the frames, so that one clipped sample does not count as a recorded band. NaN for
+    a waveform without energy.
     """
-    padded = np.pad(values, (0, -len(values) % _FFT)).reshape(-1, _FFT)
+    whole = len(values) // _FFT * _FFT
+    frames = values[:whole].reshape(-1, _FFT) if whole else np.pad(values, (0, _FFT - len(values)))[None]
     window = np.hanning(_FFT)
-    spectrum = np.fft.rfft((padded - padded.mean(1, keepdims=True)) * window)
-    power = (spectrum.real**2 + spectrum.imag**2).mean(0)
-    total = power.sum()
-    if not total > 0:
+    spectrum = np.fft.rfft((frames - frames.mean(1, keepdims=True)) * window)
+    power = spectrum.real**2 + spectrum.imag**2
+    summed = np.cumsum(power.sum(0))
+    if not summed[-1] > 0:
         return float("nan"), float("nan")
     hz = rate_hz / _FFT
-    rolloff = int(np.searchsorted(np.cumsum(power), ROLLOFF * total))
-    smooth = np.convolve(power, np.ones(5) / 5, mode="same")
+    rolloff = int(np.searchsorted(summed, ROLLOFF * summed[-1]))
+    often = np.quantile(power, 1 - OFTEN, axis=0)
+    smooth = np.convolve(often, np.ones(5) / 5, mode="same")
     loud = np.flatnonzero(smooth > _ABOVE_ROUNDING * _ROUNDING_POWER * np.square(window).sum())
     return rolloff * hz, float(loud[-1] * hz) if len(loud) else 0.0
 

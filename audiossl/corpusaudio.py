@@ -95,7 +95,7 @@ def audio_facts(
         summed = mel_facts(mel, share_left)
         summed |= {"config": in_config(settings, summed), "rate_hz": settings["rate_hz"]}
         summed |= {"fmin_hz": settings["fmin_hz"], "fmax_hz": settings["fmax_hz"] or settings["rate_hz"] / 2}
-        frames = mel["cells"].sum() / settings["num_mels"]
+        frames = float(mel["cells"].sum()) / settings["num_mels"]
         summed["bands"] = [round(total / FIXED_POINT / frames, 4) for total in bands[number].tolist()]
         facts["frontends"][name] = summed
     return facts
@@ -107,7 +107,7 @@ def mel_facts(mel: dict[str, np.ndarray], share_left: float) -> dict:
     Clips are the unit that is drawn, so the error is that of a ratio of sums over clips, not over cells; it shrinks
     with the share of the corpus that was left out, and is 0 where every clip was measured.
     """
-    cells, num_clips = mel["cells"].sum(), len(mel["cells"])
+    cells, num_clips = float(mel["cells"].sum()), len(mel["cells"])
     mean = math.fsum(mel["sum"]) / cells
     variance = max(math.fsum(mel["squares"]) / cells - mean**2, 0.0)
     std = math.sqrt(variance)

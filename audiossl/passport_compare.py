@@ -31,6 +31,7 @@ class Difference:
 
 def compare(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None = None) -> list[Difference]:
     """Compare two passports, mine with another; `keys` are those that only one of the corpora has, where known."""
+    is_same_clips = mine["hashes"]["keys"] == other["hashes"]["keys"]
     found = [_clips(mine, other, keys), _hours(mine, other), *_labels(mine, other)]
     for name, said, matters in (
         ("splits", "splits", True),
@@ -39,8 +40,8 @@ def compare(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None = 
         ("channels", "channels", False),
         ("extensions", "extensions", False),
     ):
-        found.append(_kinds(said, mine[name], other[name], matters))
-    found.append(_durations(mine["durations"], other["durations"]))
+        found.append(_kinds(said, mine[name], other[name], matters, is_same_clips))
+    found.append(_durations(mine, other, is_same_clips))
     if "audio" in mine and "audio" in other:
         from audiossl.passport_sound import compare_sound  # which takes its words from here
 
@@ -59,7 +60,8 @@ def _clips(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None) ->
     if mine["hashes"]["keys"] == other["hashes"]["keys"]:
         same = mine["hashes"]["corpus"] == other["hashes"]["corpus"]
         return Difference(
-            "clips", "" if same else "the same keys, but the shards' bytes are others: packed or cut in another way"
+            "clips",
+            "" if same else "the same keys, but the shards' bytes are others: packed or processed in another way",
         )
     num_missing, num_new, is_exact = _only(mine, other, keys)
     about = "" if is_exact else "about "
@@ -129,12 +131,10 @@ def _labels(mine: dict, other: dict) -> list[Difference]:
 
 
 def _largest_changes(a: dict, b: dict) -> str:
-    changes = sorted(
-        ((n, b.get(name, 0), name) for name, n in a.items() if n != b.get(name, 0)), key=lambda c: -abs(c[0] - c[1])
-    )
-    return ", ".join(f"{name} {here:,} clips (there {there:,})" for here, there, name in changes[:4]) + (
-        " ..." if len(changes) > 4 else ""
-    )
+    pairs = [(a.get(name, 0), b.get(name, 0), name) for name in sorted({*a, *b})]
+    changes = sorted((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: -abs(pair[0] - pair[1]))
+    told = ", ".join(f"{name} {here:,} clips (there {there:,})" for here, there, name in changes[:4])
+    return told + (" ..." if len(changes) > 4 else "")
 
 
 def _shifted_shares(mine: dict, other: dict) -> str:
@@ -151,12 +151,12 @@ def _shifted_shares(mine: dict, other: dict) -> str:
     return f"{_classes(len(shifted))} {_have(shifted)} another share of the clips than chance explains: {named}"
 
 
-def _kinds(subject: str, mine: dict, other: dict, matters: bool) -> Difference:
+def _kinds(subject: str, mine: dict, other: dict, matters: bool, is_same_clips: bool) -> Difference:
     """Compare how clips spread over splits, rates and the like; only shares count, sizes are compared elsewhere."""
     totals = sum(mine.values()), sum(other.values())
     shares = {k: (mine.get(k, 0) / totals[0], other.get(k, 0) / totals[1]) for k in sorted({*mine, *other})}
     apart = sum(abs(p - q) for p, q in shares.values()) / 2
-    chance = SURE * math.sqrt(len(shares) / min(totals)) / 2 if totals[0] != totals[1] else 0.0
+    chance = SURE * math.sqrt(len(shares) / min(totals)) / 2 * (not is_same_clips)
     is_new = any(min(pair) == 0 and max(pair) > IMPORTANT_SHARE for pair in shares.values())
     if apart == 0 or (apart <= chance and not is_new):
         return Difference(subject)
@@ -165,14 +165,21 @@ def _kinds(subject: str, mine: dict, other: dict, matters: bool) -> Difference:
     return Difference(subject, text, matters and (apart > max(IMPORTANT_SHARE, chance) or is_new))
 
 
-def _durations(mine: dict, other: dict) -> Difference:
-    a, b, words = mine["seconds"], other["seconds"], []
-    if abs(a["p50"] - b["p50"]) > 0.02 * b["p50"]:
-        words.append(f"half of the clips are longer than {a['p50']:.2f} s (there {b['p50']:.2f} s)")
-    short = mine["share_below_10_s"], other["share_below_10_s"]
-    if abs(short[0] - short[1]) > 0.02:
+def _durations(mine: dict, other: dict, is_same_clips: bool) -> Difference:
+    (here, there), words = (passport["durations"] for passport in (mine, other)), []
+    medians = here["seconds"]["p50"], there["seconds"]["p50"]
+    if abs(medians[0] - medians[1]) > 0.02 * medians[1]:
+        words.append(f"half of the clips are longer than {medians[0]:.2f} s (there {medians[1]:.2f} s)")
+    short = here["share_below_10_s"], there["share_below_10_s"]
+    chance = 0.0 if is_same_clips else SURE * error_of_share(short, (mine["clips"], other["clips"]))
+    if abs(short[0] - short[1]) > max(0.02, chance):
         words.append(f"{percent(short[0])} are shorter than 10 s (there {percent(short[1])})")
     return Difference("durations", "; ".join(words), bool(words))
+
+
+def error_of_share(shares: tuple[float, float], clips: tuple[int, int]) -> float:
+    """Give the standard error of the difference of two shares of so many clips drawn at random."""
+    return math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares, clips, strict=True)))
 
 
 def percent(share: float) -> str:
