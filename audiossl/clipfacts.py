@@ -10,7 +10,6 @@ holds empty bands (the demo's upsampled speech) that raises the mean by some hun
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,13 +22,13 @@ from omegaconf import OmegaConf
 from audiossl import audio, waveform
 from audiossl.audio import AudioError
 from audiossl.cli import CONF
+from audiossl.clips import MP3_SLACK_FRAMES, ShardFiles
 from audiossl.frontend import FrontEnd
 from audiossl.settings import instantiate
 
 FIRST = "kaldi_fbank"
 MAX_SECONDS = 60.0  # of a clip that are measured: the first ones
 SILENCE_SECONDS = 0.05  # zeros shorter than this are a waveform that crosses zero
-MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
 ROLLOFF = 0.99
 OFTEN = 0.05  # of the frames
 HALF_EMPTY = 0.55  # of the band: what upsampling from half the rate, and its filter, leave
@@ -86,13 +85,15 @@ def in_config(settings: dict, facts: dict) -> dict[str, float]:
     return {f"{group}.mean": facts["mean"], f"{group}.std": facts["std"]}
 
 
-def measure(place: Place, what: Measure, front_ends: dict[str, FrontEnd]) -> tuple[np.ndarray, list[np.ndarray]] | str:
+def measure(
+    place: Place, what: Measure, front_ends: dict[str, FrontEnd], shards: ShardFiles
+) -> tuple[np.ndarray, list[np.ndarray]] | str:
     """Measure a clip: `SCALARS` then `MEL_SCALARS` of each front end (float64), and each one's sums by band (int64).
 
     Returns the reason where it cannot be decoded.
     """
     try:
-        clip = read_clip(place)
+        clip = read_clip(place, shards)
     except AudioError as error:
         return str(error)
     scalars, bands = list(levels(clip, place.rate_hz)), []
@@ -106,12 +107,9 @@ def measure(place: Place, what: Measure, front_ends: dict[str, FrontEnd]) -> tup
     return np.array(scalars), bands
 
 
-def read_clip(place: Place) -> np.ndarray:
+def read_clip(place: Place, shards: ShardFiles) -> np.ndarray:
     """Decode a clip, mono float32, at most its first 60 s; raise AudioError where the loader would skip it."""
-    with open(place.shard, "rb") as shard:
-        data = os.pread(shard.fileno(), place.size, place.offset)
-    if len(data) < place.size:
-        raise AudioError(f"its shard ends at byte {place.offset + len(data)} of {place.offset + place.size}")
+    data = shards.read(place.shard, place.offset, place.size)
     found = audio.probe(data)
     if found.rate_hz != place.rate_hz:
         raise AudioError(f"has {found.rate_hz} Hz where the index says {place.rate_hz} Hz")

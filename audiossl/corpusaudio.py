@@ -32,6 +32,7 @@ from audiossl.clipfacts import (
     measure,
     one_thread,
 )
+from audiossl.clips import ShardFiles
 from audiossl.corpusfacts import mixed, percentiles, set_hash
 from audiossl.errors import UserError
 from audiossl.index import Index
@@ -197,9 +198,9 @@ def _measured(index: Index, rows: np.ndarray, what: Measure, workers: int) -> It
     """Yield `measure` of every clip, in order, with a bounded number of results waiting."""
     chunks = (_places(index, rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
     if workers <= 1 or len(rows) < WORTH_WORKERS_CLIPS:
-        front_ends = bare_front_ends()
+        front_ends, shards = bare_front_ends(), ShardFiles()
         with one_thread():
-            yield from (measure(place, what, front_ends) for chunk in chunks for place in chunk)
+            yield from (measure(place, what, front_ends, shards) for chunk in chunks for place in chunk)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (what,)) as pool:
@@ -228,8 +229,8 @@ def _start(what: Measure) -> None:
 
     _start_worker()
     torch.set_num_threads(1)
-    _worker.update(what=what, front_ends=bare_front_ends())
+    _worker.update(what=what, front_ends=bare_front_ends(), shards=ShardFiles())
 
 
 def _measure_all(places: list[Place]) -> list:
-    return [measure(place, _worker["what"], _worker["front_ends"]) for place in places]
+    return [measure(place, **_worker) for place in places]

@@ -135,6 +135,14 @@ def parse_clips(text: str) -> int | None:
 def main(args: argparse.Namespace) -> int:
     """Make or read a passport, write it, print it, compare it; return 1 when an important thing differs."""
     _refuse(args)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
     index, passport = _passport_of(args.shards, args)
     if index is not None or args.out:
         out = args.out or index.path.parent / NAME
