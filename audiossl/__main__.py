@@ -12,6 +12,7 @@ from audiossl.version import __version__
 COMMANDS = {
     "pack": ("audiossl.pack", "pack a folder of audio into tar shards with an index"),
     "index": ("audiossl.index", "index somebody's webdataset shards"),
+    "passport": ("audiossl.passport", "say what is in a corpus, and how it differs from another"),
     "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),
 }
 

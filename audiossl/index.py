@@ -57,6 +57,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.offset)
 
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of `indexfile.COLUMNS` or `RAGGED` as it is, for statistics over all clips at once."""
+        return self._columns[name]
+
     def key(self, i: int) -> str:
         """Return the key of clip `i`: unique in the corpus."""
         start, end = _span(self._columns["key_ends"], i)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torchaudio.compliance.kaldi import get_mel_banks
@@ -30,6 +32,12 @@ def htk_mel_matrix(num_mels: int, n_fft: int, rate_hz: int, fmin_hz: float, fmax
         warnings.simplefilter("ignore", UserWarning)
         matrix = melscale_fbanks(n_fft // 2 + 1, float(fmin_hz), float(fmax_hz), num_mels, rate_hz)
     return matrix.T.contiguous()
+
+
+def band_centres_hz(num_mels: int, fmin_hz: float, fmax_hz: float) -> NDArray:
+    """Say where bands are centred, in Hz: evenly between the bounds in mel, on which Kaldi's and HTK's scales agree."""
+    low, high = np.log1p(np.array([fmin_hz, fmax_hz]) / 700)
+    return 700 * np.expm1(low + (high - low) * np.arange(1, num_mels + 1) / (num_mels + 1))
 
 
 def check_bands(num_mels: int, n_fft: int, rate_hz: int, fmin_hz: float, fmax_hz: float) -> None:
