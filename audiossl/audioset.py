@@ -21,6 +21,7 @@ from audiossl.errors import UserError
 CLASSES_NAME = "class_labels_indices.csv"
 SEGMENTS_GLOB = "*_segments.csv"
 ID_LENGTH = 11
+_MAX_UNKNOWN = 10_000  # rows with a label that is in no class list, before the list itself is doubted
 MAX_END_SECONDS = 2_000_000  # milliseconds have to fit 32 bits
 _ID = re.compile(r"[A-Za-z0-9_-]{11}")
 _TIME = r"(\d{1,9}(?:\.\d{1,6})?)"
@@ -141,6 +142,8 @@ def read_segments(tables: list[Path], classes: Classes) -> Segments:
                 else:
                     unknown[len(table) - 1] = f"{path.name} line {line}: '{mid}' is not in {CLASSES_NAME}"
             label_ends.append(len(labels))
+            if len(unknown) > max(_MAX_UNKNOWN, len(table) // 2):
+                raise UserError(f"{next(iter(unknown.values()))}, nor are those of half the rows: another class list?")
         if len(table) == begun:
             raise UserError(f"{path} has no segments")
     found = Segments(
