@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -84,7 +85,7 @@ def pack(
     found = find_source(source, segments, classes)
     _refuse_without_ffmpeg(found, settings)
     for note in found.notes:
-        tqdm.write(note)
+        tqdm.write(note, file=sys.stderr)
     fingerprint = found.fingerprint()
     with claim(out, fingerprint, found.times(), settings):
         shards = cut_into_shards(found, settings.rate_hz or 0, settings.codec, settings.shard_bytes)

@@ -106,13 +106,17 @@ def read_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    found = {clip.path: clip for clip in _audio_files(folder)}
+    files = _audio_files(folder)
+    found = {clip.path: clip for clip in files if extension_of(clip.path)}
     source = Source(folder, [])
     if (folder / META_NAME).is_file():
         _read_table(folder / META_NAME, found, source)
         source.num_unlisted = len(found)
     else:
         source.clips = list(found.values())
+        if num_others := len(files) - len(found):  # a video beside each recording must not be packed with it
+            kinds = ", ".join(ffmpeg.EXTENSIONS)
+            source.notes.append(f"{num_others} {kinds} files are left out; a meta.csv that lists them packs them")
     source.clips.sort(key=lambda clip: clip.path)
     if not source.clips:
         raise UserError(f"{folder} holds no audio that can be packed ({len(source.rejected)} rows without a file)")
@@ -148,7 +152,7 @@ def _audio_files(folder: Path) -> list[Clip]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if extension_of(name) and not name.startswith("."):
+            if (extension_of(name) or ffmpeg.extension_of(name)) and not name.startswith("."):
                 path = os.path.join(parent, name)
                 status = os.stat(path) if os.path.exists(path) else os.lstat(path)
                 relative = os.path.relpath(path, folder).replace(os.sep, "/")
