@@ -90,24 +90,31 @@ def to_flac(source: Source, rate_hz: int, max_seconds: float = MAX_SECONDS) -> t
     Returns its bytes, what is in them, and whether the waveform was far over full scale and clipped. Memory stays
     at one block plus the result, whatever the length. Raises AudioError as `check` does.
     """
-    target, clipped, written = io.BytesIO(), False, 0
     with _open(source, max_seconds) as file:
         info = _info(file)
-        same_rate = info.rate_hz == rate_hz
-        resampler = None if same_rate else soxr.ResampleStream(info.rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
-        with soundfile.SoundFile(target, "w", rate_hz, 1, format="FLAC", subtype="PCM_16") as flac:
-            end = [np.zeros(0, np.float32)] if resampler else []
-            for block in chain(_mono_blocks(file, info.num_frames), end):
-                if resampler:
-                    block = resampler.resample_chunk(block, last=len(block) == 0)
-                # resampling overshoots a full-scale square wave by some 10 %: only more than that is worth a word
-                clipped = clipped or bool(len(block) and np.abs(block).max() > 1.5)
-                flac.write(to_int16(block))
-                written += len(block)
+        found = encode_flac(_mono_blocks(file, info.num_frames), info.rate_hz, rate_hz)
     _refuse_cut(source)
+    return found
+
+
+def encode_flac(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> tuple[bytes, AudioInfo, bool]:
+    """Resample mono float blocks and write them as 16-bit FLAC; returns what `to_flac` does."""
+    target, clipped, written = io.BytesIO(), False, 0
+    resampler = None
+    if from_hz != to_hz:
+        resampler = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
+    with soundfile.SoundFile(target, "w", to_hz, 1, format="FLAC", subtype="PCM_16") as flac:
+        end = [np.zeros(0, np.float32)] if resampler else []
+        for block in chain(blocks, end):
+            if resampler:
+                block = resampler.resample_chunk(block, last=len(block) == 0)
+            # resampling overshoots a full-scale square wave by some 10 %: only more than that is worth a word
+            clipped = clipped or bool(len(block) and np.abs(block).max() > 1.5)
+            flac.write(to_int16(block))
+            written += len(block)
     if written == 0:
         raise AudioError("no samples")
-    return target.getvalue(), AudioInfo(written, rate_hz, 1), clipped
+    return target.getvalue(), AudioInfo(written, to_hz, 1), clipped
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:

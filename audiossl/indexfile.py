@@ -7,7 +7,7 @@ holds one JSON text: format, counts, shards (name, bytes, clips, sha256), vocabu
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,32 +36,36 @@ COLUMNS = {
 RAGGED = {"key_bytes": np.uint8, "label_ids": np.int32}  # UTF-8; positions in the vocabulary
 
 
-def write_index(path: Path, shards: Iterable[dict], **extra: object) -> dict:
+def write_index(
+    path: Path, shards: Iterable[dict], *, vocabulary: Sequence[str] | None = None, **extra: object
+) -> dict:
     """Write the index of `shards` to `path`, all of it or nothing, and return its metadata.
 
     Each shard is {name (relative to the index's folder), bytes, sha256, rows}; a row is [key, extension, offset, size,
     num_frames, rate_hz, channels, labels, split or None, fold or None]. Shards may come from a generator: only one is
-    in memory as Python objects at a time. `extra` joins the metadata.
+    in memory as Python objects at a time. `vocabulary` fixes the labels' order, with those that no clip has, so that a
+    label's id is its published index; without it the labels that occur are sorted. `extra` joins the metadata.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, *RAGGED)}
-    vocabulary: dict[str, int] = {}
+    labels = {name: position for position, name in enumerate(vocabulary or ())}
     splits: dict[str, int] = {}
     described = []
     for number, shard in enumerate(shards):
         described.append({name: shard[name] for name in ("name", "bytes", "sha256")} | {"clips": len(shard["rows"])})
-        for name, column in _columns_of(shard["rows"], number, vocabulary, splits).items():
+        for name, column in _columns_of(shard["rows"], number, labels, splits).items():
             parts[name].append(column)
-    if len(vocabulary) > MAX_LABELS:
-        raise UserError(
-            f"{len(vocabulary)} different labels, such as '{next(iter(vocabulary))}': captions, not classes?"
-        )
+    if len(labels) > MAX_LABELS:
+        raise UserError(f"{len(labels)} different labels, such as '{next(iter(labels))}': captions, not classes?")
+    assert vocabulary is None or len(labels) == len(vocabulary), "a clip has a label that the vocabulary lacks"
     dtypes = COLUMNS | RAGGED
     columns = {name: np.concatenate([np.zeros(0, dtype), *parts.pop(name)]) for name, dtype in dtypes.items()}
     for ends in ("key_ends", "label_ends"):
         columns[ends] = np.cumsum(columns[ends])
-    columns["label_ids"] = _alphabetical(columns["label_ids"], vocabulary)
+    if vocabulary is None:
+        columns["label_ids"] = _alphabetical(columns["label_ids"], labels)
+        vocabulary = sorted(labels)
     columns["split"] = _alphabetical(columns["split"], splits)
-    meta = {"format": FORMAT, "shards": described, "vocabulary": sorted(vocabulary), "splits": sorted(splits), **extra}
+    meta = {"format": FORMAT, "shards": described, "vocabulary": list(vocabulary), "splits": sorted(splits), **extra}
     meta["counts"] = {"clips": len(columns["offset"]), "seconds": float(columns["seconds"].sum(dtype=np.float64))}
     meta["corpus_hash"] = corpus_hash(described)
     write_whole(path, save(columns, metadata={"audiossl": json.dumps(meta, sort_keys=True)}))

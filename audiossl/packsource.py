@@ -1,6 +1,7 @@
 """Which clips does a folder hold, in what order, under which keys, and which go into which shard?
 
 A pure function of the folder's names, sizes and `meta.csv`, so that an interrupted `pack` finds the same plan again.
+AudioSet's layout is another `Source`, in `audiosetfiles`.
 """
 
 import csv
@@ -8,17 +9,20 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from audiossl.audio import AudioError, extension_of, probe
+from audiossl import ffmpeg
+from audiossl.audio import MAX_SECONDS, AudioError, extension_of, probe
 from audiossl.errors import UserError
 
 META_NAME = "meta.csv"
 OWN_FIELDS = ("labels", "seconds", "rate_hz", "split", "fold", "source")  # of the json beside each clip
 _MEMBER_OVERHEAD = 2048  # two tar headers, the json and the padding
 _NUM_PROBED = 64
+_SLACK_SECONDS = 10.0  # by which a file may be longer than its segment
 
 
 @dataclass(slots=True)
@@ -32,18 +36,32 @@ class Clip:
     labels: tuple[str, ...] = ()
     split: str | None = None
     fold: int | None = None
-    extra: tuple[str, ...] = ()  # values of Source.extra_columns
+    extra: tuple[object, ...] = ()  # values of Source.extra_columns
+    segment_seconds: float | None = None  # what the labels are about, where a table says so
+
+    @property
+    def max_seconds(self) -> float:
+        """Return the length past which the file is refused: a whole video does not have the labels of ten seconds."""
+        return MAX_SECONDS if self.segment_seconds is None else self.segment_seconds + _SLACK_SECONDS
 
 
 @dataclass
 class Source:
-    """Hold the clips to pack, in order, the rows that cannot be (file, reason), and audio that meta.csv leaves out."""
+    """Hold the clips to pack, in order, and (file, reason) for rows and files that cannot be.
+
+    `num_unlisted` counts audio that the table leaves out, `num_twins` those of them that are a second file of a row.
+    Rows of `absent()` are listed and do not count as rejected. `vocabulary` is given where its order is published.
+    """
 
     folder: Path
-    clips: list[Clip]
+    clips: Sequence[Clip]
     extra_columns: tuple[str, ...] = ()
-    missing: list[tuple[str, str]] = field(default_factory=list)
-    unlisted: list[str] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    num_unlisted: int = 0
+    num_twins: int = 0
+    num_absent: int = 0
+    vocabulary: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """Hash names, sizes and metadata: the same for a copy of the folder."""
@@ -57,12 +75,25 @@ class Source:
         """Hash the times of change, which find an edited file of the same size while a pack is under way."""
         return hashlib.sha256(repr([clip.modified_ns for clip in self.clips]).encode()).hexdigest()
 
+    def absent(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, reason) for rows that nobody can be asked to have."""
+        return iter(())
+
+    def num_through_ffmpeg(self) -> int:
+        """Count the clips that libsndfile cannot read."""
+        return sum(ffmpeg.extension_of(clip.path) is not None for clip in self.clips)
+
+    def packed_bytes(self, rate_hz: int, codec: str) -> Iterable[float]:
+        """Estimate the bytes of each clip in a shard."""
+        expansion = {} if codec == "keep" else _expansion(self, rate_hz)
+        return (clip.size * expansion.get(clip.path.rpartition(".")[2].lower(), 1.0) for clip in self.clips)
+
     def json_of(self, clip: Clip, seconds: float, rate_hz: int) -> bytes:
         """Write the json member of a clip: OWN_FIELDS, then the other columns that are not empty."""
         own = (list(clip.labels), round(seconds, 6), rate_hz, clip.split, clip.fold, clip.path)
         found = dict(zip(OWN_FIELDS, own, strict=True))
         for column, value in zip(self.extra_columns, clip.extra, strict=True):
-            if value:
+            if value not in ("", None):
                 found[f"meta_{column}" if column in OWN_FIELDS else column] = value
         return json.dumps(found).encode()
 
@@ -75,33 +106,35 @@ def read_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    found = {clip.path: clip for clip in _audio_files(folder)}
+    files = _audio_files(folder)
+    found = {clip.path: clip for clip in files if extension_of(clip.path)}
     source = Source(folder, [])
     if (folder / META_NAME).is_file():
         _read_table(folder / META_NAME, found, source)
-        source.unlisted = sorted(found)
+        source.num_unlisted = len(found)
     else:
         source.clips = list(found.values())
+        if num_others := len(files) - len(found):  # a video beside each recording must not be packed with it
+            kinds = ", ".join(ffmpeg.EXTENSIONS)
+            source.notes.append(f"{num_others} {kinds} files are left out; a meta.csv that lists them packs them")
     source.clips.sort(key=lambda clip: clip.path)
     if not source.clips:
-        raise UserError(f"{folder} holds no audio that can be packed ({len(source.missing)} rows without a file)")
+        raise UserError(f"{folder} holds no audio that can be packed ({len(source.rejected)} rows without a file)")
     _name_keys(source.clips)
     return source
 
 
-def cut_into_shards(source: Source, rate_hz: int, codec: str, shard_bytes: int) -> list[list[Clip]]:
+def cut_into_shards(source: Source, rate_hz: int, codec: str, shard_bytes: int) -> list[range]:
     """Cut the clips, in order, into runs of about `shard_bytes`; at least one clip each."""
-    expansion = {} if codec == "keep" else _expansion(source, rate_hz)
-    shards: list[list[Clip]] = []
+    begins: list[int] = []
     room = 0.0
-    for clip in source.clips:
-        size = clip.size * expansion.get(extension_of(clip.path), 1.0) + _MEMBER_OVERHEAD
-        if not shards or size > room:
-            shards.append([])
+    for position, num_bytes in enumerate(source.packed_bytes(rate_hz, codec)):
+        size = num_bytes + _MEMBER_OVERHEAD
+        if not begins or size > room:
+            begins.append(position)
             room = shard_bytes
-        shards[-1].append(clip)
         room -= size
-    return shards
+    return [range(begin, end) for begin, end in zip(begins, [*begins[1:], len(source.clips)], strict=True)]
 
 
 def key_of(path: str) -> str:
@@ -119,7 +152,7 @@ def _audio_files(folder: Path) -> list[Clip]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if extension_of(name) and not name.startswith("."):
+            if (extension_of(name) or ffmpeg.extension_of(name)) and not name.startswith("."):
                 path = os.path.join(parent, name)
                 status = os.stat(path) if os.path.exists(path) else os.lstat(path)
                 relative = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -150,7 +183,7 @@ def _read_table(path: Path, found: dict[str, Clip], source: Source) -> None:
             seen.add(name)
             clip = found.pop(name, None) or _unusual(source.folder, name)
             if isinstance(clip, str):
-                source.missing.append((row["filename"], clip))
+                source.rejected.append((row["filename"], clip))
                 continue
             clip.labels, clip.split = _labels(row), row.get("split") or None
             clip.fold = _fold(row.get("fold", ""), path, rows.line_num)
@@ -164,7 +197,7 @@ def _unusual(folder: Path, name: str) -> Clip | str:
         return "the name leads out of the folder"
     if not (folder / name).is_file():
         return "file is missing"
-    if not extension_of(name):
+    if not extension_of(name) and not ffmpeg.extension_of(name):
         return "not an audio file by its name"
     status = (folder / name).stat()
     return Clip(name, status.st_size, status.st_mtime_ns)
@@ -202,6 +235,8 @@ def _expansion(source: Source, rate_hz: int) -> dict[str, float]:
     packed: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     for clip in source.clips[:: max(1, len(source.clips) // _NUM_PROBED)]:
+        if ffmpeg.extension_of(clip.path):
+            continue
         try:
             seconds = probe(source.folder / clip.path).seconds
         except AudioError:
@@ -209,4 +244,6 @@ def _expansion(source: Source, rate_hz: int) -> dict[str, float]:
         extension = extension_of(clip.path)
         packed[extension] += seconds * rate_hz * 2 * 0.6
         stored[extension] += clip.size
-    return {extension: packed[extension] / stored[extension] for extension in packed}
+    # not measured: the plan would change with the program's presence. Sound of 128 kb/s, or smaller shards
+    compressed = dict.fromkeys(ffmpeg.EXTENSIONS, rate_hz * 2 * 0.6 / 16_000)
+    return compressed | {extension: packed[extension] / stored[extension] for extension in packed}

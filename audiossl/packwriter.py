@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audiossl import audio
+from audiossl import audio, ffmpeg
 from audiossl.errors import UserError
 from audiossl.indexfile import write_whole
 from audiossl.packsource import Clip, Source
@@ -36,33 +36,36 @@ class Settings:
     shard_bytes: int
 
 
-def encode(path: Path, settings: Settings) -> tuple[bytes, str, audio.AudioInfo, bool] | str:
+def encode(path: Path, max_seconds: float, settings: Settings) -> tuple[bytes, str, audio.AudioInfo, bool] | str:
     """Return a clip's bytes, extension, header and whether it clipped, or the reason why it is rejected."""
     try:
         if settings.codec == "flac":
-            data, info, clipped = audio.to_flac(path, settings.rate_hz)
+            to_flac = ffmpeg.to_flac if ffmpeg.extension_of(path.name) else audio.to_flac
+            data, info, clipped = to_flac(path, settings.rate_hz, max_seconds)
             return data, "flac", info, clipped
+        if ffmpeg.extension_of(path.name):
+            return f"{ffmpeg.extension_of(path.name)} cannot be kept, only turned into FLAC (--codec flac)"
         if path.stat().st_size > MAX_KEPT_BYTES:
             return f"{path.stat().st_size} bytes, more than the limit of {MAX_KEPT_BYTES}"
         data = path.read_bytes()
-        return data, audio.extension_of(path.name), audio.check(data), False
+        return data, audio.extension_of(path.name), audio.check(data, max_seconds), False
     except audio.AudioError as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
-def encode_all(paths: list[Path], settings: Settings, workers: int) -> Iterator[tuple | str]:
-    """Yield `encode` of every path, in order, with a bounded number of results waiting."""
+def encode_all(tasks: Iterator[tuple[Path, float]], settings: Settings, workers: int) -> Iterator[tuple | str]:
+    """Yield `encode` of every (path, longest seconds), in order, with a bounded number of results waiting."""
     if workers <= 1:
-        yield from (encode(path, settings) for path in paths)
+        yield from (encode(path, max_seconds, settings) for path, max_seconds in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(paths)), context, _start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         waiting: deque = deque()
         try:
-            for path in paths:
-                waiting.append((path, pool.submit(encode, path, settings)))
+            for path, max_seconds in tasks:
+                waiting.append((path, pool.submit(encode, path, max_seconds, settings)))
                 if len(waiting) >= 4 * workers:
                     yield waiting.popleft()[1].result()
             while waiting:
@@ -96,7 +99,9 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def write_shard(path: Path, rows_path: Path, found: Source, clips: list[Clip], encoded: Iterator[tuple | str]) -> None:
+def write_shard(
+    path: Path, rows_path: Path, found: Source, clips: Iterable[Clip], encoded: Iterator[tuple | str]
+) -> None:
     """Take one result of `encoded` per clip and write the shard, and beside it what it holds and what was rejected.
 
     The rows are written first, so a shard under its final name always has them.

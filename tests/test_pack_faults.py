@@ -25,7 +25,7 @@ def test_a_pack_begun_with_other_arguments_or_files_says_so(tmp_path, capsys):
     assert "rate_hz changed" in capsys.readouterr().err
     tone(source / "broken.wav", 32_000, 1.0)
     assert main(["pack", str(source), "--out", str(out)]) == 2
-    assert "the files or meta.csv changed" in capsys.readouterr().err
+    assert "the files or their csv changed" in capsys.readouterr().err
 
 
 def test_shards_of_somebody_else_are_never_overwritten(tmp_path, capsys):
