@@ -71,7 +71,9 @@ def test_a_gain_too_small_to_matter_is_equal(original, tmp_path):
 
 def test_audio_resampled_by_way_of_8_khz_is_told_by_its_band(original, tmp_path):
     words = told(repack(tmp_path / "dull", by_way_of_hz=8000), original)
-    assert re.search(r"nothing above 4\.[0-3] kHz", words["bandwidth!"]) and "upsampled from 8 kHz" in words["bandwidth!"]
+    assert (
+        re.search(r"nothing above 4\.[0-3] kHz", words["bandwidth!"]) and "upsampled from 8 kHz" in words["bandwidth!"]
+    )
     assert "the bandwidth differs" in words["kaldi_fbank!"] and "level" not in "".join(words)
 
 
