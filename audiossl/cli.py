@@ -28,8 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.errors import UserError
+from audiossl.fields import Spec, UnknownKeyError
 from audiossl.overrides import Composer, written_in
-from audiossl.settings import Spec, UnknownKeyError, check, mask
+from audiossl.settings import check, mask
 
 Run = Callable[[DictConfig], int | None]
 REPOSITORY = Path(__file__).resolve().parent.parent
