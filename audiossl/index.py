@@ -70,9 +70,10 @@ class Index:
         """Return a column as `indexfile` stores it."""
         return self._columns[name]
 
-    def keys_of(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take the keys of many clips at once, as their shards have them: UTF-8 bytes, and where each key ends."""
-        return take_ragged(self._columns["key_bytes"], self._columns["key_ends"], clips)
+    def key_spans(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the keys of many clips at once: UTF-8 bytes of all keys, and where in them each begins and ends."""
+        ends = self._columns["key_ends"]
+        return self._columns["key_bytes"], np.where(clips > 0, ends[clips - 1], 0), ends[clips]
 
     def labels_of(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Take the label ids of many clips at once, and where each clip's end."""

@@ -53,7 +53,8 @@ def check(cfg: DictConfig, spec: Spec) -> None:
     for section in spec.sections:
         if section and not isinstance(OmegaConf.select(cfg, section), DictConfig):
             raise UserError(f"{section}: is missing; the config needs this section")
-    for key in sorted(fields.required - values.keys()):
+    filled = {table for table in fields.tables if any(key.startswith(f"{table}.") for key in values)}
+    for key in sorted(fields.required - values.keys() - filled):
         raise UserError(f"{key}: is missing; set it in the YAML, or with {key}=VALUE")
     for function in spec.checks:
         function(values)

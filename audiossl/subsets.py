@@ -15,12 +15,14 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.noise import mix_seed
 
+BLOCK = 2**17  # clips hashed at once: what fits into a processor's cache
+
 
 def hold_out(index: Index, clips: np.ndarray, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
     """Split clips into those to train on and `num_clips` held out; the same ones whatever the seed."""
     if num_clips == 0:
         return clips, clips[:0]
-    hashes = crc32(*index.keys_of(clips))
+    hashes = crc32(*index.key_spans(clips))
     is_held_out = np.zeros(len(clips), bool)
     is_held_out[np.argsort(hashes, kind="stable")[:num_clips]] = True
     return clips[~is_held_out], clips[is_held_out]
@@ -41,7 +43,7 @@ def take_fraction(
     num_clips = round(fraction * len(clips))
     if num_clips == 0:
         raise UserError(f"data.fraction={fraction:g}: is none of the {len(clips)} clips of {index.path}; take more")
-    hashes = _scrambled(crc32(*index.keys_of(clips)), mix_seed(seed, "fraction"))
+    hashes = _scrambled(crc32(*index.key_spans(clips)), mix_seed(seed, "fraction"))
     turns = np.zeros(len(clips), np.int64)
     if by == "class":
         label_ids, label_ends = index.labels_of(clips)
@@ -66,20 +68,22 @@ def _class_turns(label_ids: np.ndarray, label_ends: np.ndarray, hashes: np.ndarr
     return turns
 
 
-def crc32(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Take the CRC-32 of many byte strings at once, as `zlib.crc32` does of each: (C,) int64.
-
-    `text` (uint8) holds them one after another, `ends` (C,) says where each ends.
-    """
+def crc32(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Take the CRC-32 of many pieces of `text` (uint8) at once, as `zlib.crc32` does of each: (C,) int64."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0xEDB88320), table >> 1)
-    lengths = np.diff(ends, prepend=0)
-    hashes, starts = np.full(len(ends), 0xFFFFFFFF, np.uint32), ends - lengths
-    for place in range(int(lengths.max(initial=0))):
-        here = np.flatnonzero(lengths > place)
-        hashes[here] = table[(hashes[here] ^ text[starts[here] + place]) & 0xFF] ^ (hashes[here] >> 8)
-    return (hashes ^ 0xFFFFFFFF).astype(np.int64)
+    hashes = np.empty(len(ends), np.int64)
+    for first in range(0, len(ends), BLOCK):
+        block = slice(first, first + BLOCK)
+        places, lengths = starts[block].copy(), ends[block] - starts[block]
+        found = np.full(len(lengths), 0xFFFFFFFF, np.uint32)
+        for done in range(int(lengths.max())):
+            here = np.flatnonzero(lengths > done)
+            found[here] = table[(found[here] ^ text[places[here]]) & 0xFF] ^ (found[here] >> 8)
+            places += 1
+        hashes[block] = found ^ 0xFFFFFFFF
+    return hashes
 
 
 def _scrambled(hashes: np.ndarray, seed: int) -> np.ndarray:

@@ -50,8 +50,10 @@ def write_shards(folder: Path, shards: list[list[tuple]]) -> str:
     return str(folder)
 
 
-def clip(key: str, data: bytes, frames: int, extension: str = "flac", rate_hz: int = RATE, split: str = "train"):
-    return (key, data, extension, frames, rate_hz, [key[0]], split)
+def clip(
+    key: str, data: bytes, frames: int, extension: str = "flac", rate_hz: int = RATE, split="train", labels=None
+) -> tuple:
+    return (key, data, extension, frames, rate_hz, [key[0]] if labels is None else labels, split)
 
 
 EVERY_CLIP_ONCE = dict(  # the settings of `ShardData` that choose and order clips, as the shipped configs have them
