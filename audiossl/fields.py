@@ -151,6 +151,10 @@ class UnknownKeyError(UserError):
 
 def unknown_key(key: str, fields: Fields, groups: tuple[str, ...] = ()) -> UnknownKeyError:
     """Word the error for a key that does not exist, with the nearest that does: first the section, then the name."""
+    parents = [key[:dot] for dot, letter in enumerate(key) if letter == "."]
+    for table in fields.tables:
+        if table not in parents and get_close_matches(table, parents, 1, 0.85):
+            return UnknownKeyError(key, table)
     section, _, name = key.rpartition(".")
     sections = {k.rpartition(".")[0] for k in fields.types} - {""}
     known = sorted({*fields.types, *sections, *groups})

@@ -1,4 +1,4 @@
-"""Runs on balanced draws, mixtures, fractions and shard windows: they train, and a killed one ends as if it never was."""
+"""Runs on balanced draws, mixtures, fractions and shard windows train, and end the same whether killed or not."""
 
 import csv
 import json

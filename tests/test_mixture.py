@@ -1,5 +1,6 @@
 """Several corpora in one run: exact shares in every epoch, each clip once per pass of its own corpus."""
 
+import time
 from collections import Counter
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_sources_are_interleaved_anew_each_epoch_and_not_one_after_another(corpo
     data = mixed(sources=sources(corpora, music=1, speech=1), draws_per_epoch=40, batch_size=40)
     patterns = ["".join(key[0] for key in batch.key) for batch in train_batches(data, max_steps=4)]
     assert len(set(patterns)) == 4
-    assert all(8 <= pattern[:20].count("m") <= 16 or 4 <= pattern[:20].count("m") for pattern in patterns)
+    assert all(4 <= pattern[:20].count("m") <= 16 for pattern in patterns)
     assert all(pattern.count("ms") + pattern.count("sm") > 10 for pattern in patterns)
 
 
@@ -208,13 +209,13 @@ def test_shard_windows_hold_within_each_source():
 
 
 def test_two_million_clips_of_many_passes_are_mixed_in_seconds():
-    order = Mixed(
-        [Shuffled(50, seed=1), Shuffled(1_500_000, seed=2)], num_clips=[50, 1_500_000], quotas=[10**6] * 2, seed=0
-    )
-    sampler = StepSampler(
-        order=order, batch_size=512, accumulate=1, rank=0, world_size=1, max_steps=7032, start_step=7030
-    )
+    parts = [Shuffled(50, seed=1), Shuffled(1_500_000, seed=2)]
+    order = Mixed(parts, num_clips=[50, 1_500_000], quotas=[1_000_000] * 2, seed=0)
+    settings = dict(batch_size=512, accumulate=1, rank=0, world_size=1)
+    sampler = StepSampler(order=order, start_step=7030, max_steps=7032, **settings)
+    started = time.perf_counter()
     assert len(list(sampler)) == 2
+    assert time.perf_counter() - started < 10  # 1.3 s on a quiet core
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,8 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_and_shows_no_clip_of_weight_0(
     weights = np.tile([0.0, 1.0, 3.0, 9.0], 50)
 
     def epoch(seed: int, number: int) -> tuple[list, list]:
-        turns, clips = Weighted(weights, num_draws=80, replacement=replacement, seed=seed).at(
-            number * 80 + np.arange(80)
-        )
+        order = Weighted(weights, num_draws=80, replacement=replacement, seed=seed)
+        turns, clips = order.at(number * 80 + np.arange(80))
         return turns.tolist(), clips.tolist()
 
     assert epoch(3, 2) == epoch(3, 2)

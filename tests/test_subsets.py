@@ -1,6 +1,5 @@
-"""A fraction of a corpus is the same whatever the training seed, lies inside the larger ones, and leaves validation be."""
+"""A fraction of a corpus has a seed of its own, lies inside the larger ones, and leaves validation alone."""
 
-import shutil
 import zlib
 
 import numpy as np
@@ -103,4 +102,3 @@ def test_a_fraction_of_nothing_and_classes_without_labels_are_refused(corpus, tm
     plain = write_shards(tmp_path / "plain", [[clip("a", audio(noise(0, 400)), 400, labels=[]) for _ in "ab"]])
     with pytest.raises(UserError, match="data.fraction_by=class: no clip of .* has a label; take random"):
         data_of(plain, fraction=0.5, fraction_by="class")
-    shutil.rmtree(plain)
