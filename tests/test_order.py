@@ -1,7 +1,7 @@
 """Every clip once per epoch, the same global batches on any machine, and resume from the step number alone."""
 
 import time
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -138,6 +138,8 @@ def test_the_shards_ahead_of_any_position_begin_with_its_own_window_and_go_on_in
         met = list(dict.fromkeys(RAGGED_SHARDS[clips[position : 47 * (position // 47 + 1)]].tolist()))
         assert set(met) <= set(ahead)
         assert RAGGED_SHARDS[clips[position]] in next(order.shards_ahead(position))
+    windows = list(islice(order.shards_ahead(0), 12))
+    assert windows == [window for epoch in range(3) for window in islice(order.shards_ahead(47 * epoch), 4)]
 
 
 def test_clips_are_mixed_within_a_window_and_shards_between_epochs():

@@ -121,7 +121,7 @@ SOURCES = """
 data.sources={a:{shards:x,fracton:1}}              data.sources.a.fracton: no such key. Did you mean data.sources.a.f
 data.sources.a.weight=1                            data.sources.a.shards: is missing
 data.sources.a=1                                   data.sources.a=1: must be a mapping
-data.sources=[1]                                   data.sources=[1]: must be a mapping or null
+data.sources=2                                     data.sources=2: must be a mapping or null
 data.sources={a:{shards:x,weight:big}}             data.sources.a.weight=big: must be a number or null
 data.sources={a:{shards:x,weight:0}}               data.sources.a.weight=0: must be above 0
 data.sources={a:{shards:x,fraction:2}}             data.sources.a.fraction=2: must be above 0 and at most 1
