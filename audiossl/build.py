@@ -18,9 +18,16 @@ log = logging.getLogger(__name__)
 FIXED = {  # what a resumed run must have in common with the run it resumes; None: all of the section
     "model": None,
     "frontend": None,
-    "data": ("split", "validation_clips", "crop_seconds", "padding", "rate_hz"),
+    "data": (
+        *("split", "validation_clips", "crop_seconds", "padding", "rate_hz", "fraction", "fraction_by"),
+        *("fraction_seed", "sampling", "sampling_offset", "sampling_reduce", "replacement", "draws_per_epoch"),
+        "shuffle_shards",
+    ),
     "optim": ("weight_decay", "betas", "eps"),
 }
+
+
+UNSAID = {"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"}  # in old checkpoints
 
 
 def method_from_config(config: dict[str, Any]) -> nn.Module:
@@ -75,7 +82,9 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
     for section, fixed in FIXED.items():
         before, now = saved["config"][section], config[section]
         names = sorted({*before, *now}) if fixed is None else fixed
-        pairs |= {f"{section}.{k}": (before.get(k), now.get(k)) for k in names}
+        pairs |= {f"{section}.{k}": (before.get(k, UNSAID.get(k)), now.get(k)) for k in names}
+    before, now = _source_settings(saved["config"]), _source_settings(config)
+    pairs |= {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
     for key in ("corpus_hash", "global_batch"):
         pairs[key] = (saved["provenance"][key], provenance[key])
     changed = [f"{k}: {_short(a)} -> {_short(b)}" for k, (a, b) in pairs.items() if a != b]
@@ -85,6 +94,12 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
             f"with, or start a new run from its weights with init={path}"
         )
     return saved["provenance"]
+
+
+def _source_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Flatten what a mixture is made of, but for where it lies: the corpus hash knows what lies there."""
+    sources = config["data"].get("sources") or {}
+    return {f"data.sources.{n}.{k}": v for n, entry in sources.items() for k, v in entry.items() if k != "shards"}
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ codes: 0 only for a finished run, 1 for a failure with its traceback or a sweep 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -28,8 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.errors import UserError
+from audiossl.fields import Spec, UnknownKeyError
 from audiossl.overrides import Composer, written_in
-from audiossl.settings import Spec, UnknownKeyError, check, mask
+from audiossl.settings import check, mask
 
 Run = Callable[[DictConfig], int | None]
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -65,6 +67,10 @@ def launch(
         if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
             rewritten = _check(config_name, args, spec, conf, Path(program).stem)
             argv = [rewritten.get(argument, argument) for argument in argv]
+        elif args.cfg and not args.info:  # shown as it would be run; what is wrong with it is Hydra's to say
+            with contextlib.suppress(UserError):
+                rewritten = _check(config_name, args, spec, conf, Path(program).stem, is_shown=True)
+                argv = [rewritten.get(argument, argument) for argument in argv]
         sys.argv = argv
         task = _job(run, program, codes)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
@@ -108,7 +114,9 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     return job
 
 
-def _check(config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: str) -> dict[str, str]:
+def _check(
+    config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: str, is_shown: bool = False
+) -> dict[str, str]:
     """Compose and check the config of every job; returns the overrides that Hydra must be given differently."""
     conf = Path(args.config_path).resolve() if args.config_path else conf
     extra = Path(args.config_dir).resolve() if args.config_dir else None
@@ -123,14 +131,15 @@ def _check(config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: 
             for number, cfg in enumerate(composer.jobs(args.overrides)):
                 try:
                     check(cfg, spec)
-                except UnknownKeyError as error:  # overrides were checked before, so a file has it
-                    raise UserError(f"{written_in(cfg, error.key) or conf}: {error}") from error
+                except UnknownKeyError as error:  # no override is it: a file has it, or a mapping given
+                    where = written_in(cfg, error.key)
+                    raise UserError(f"{where}: {error}" if where else str(error)) from error
                 if composer.is_sweep and cfg.get("trainer", {}).get("devices", 1) not in (1, "auto"):
                     raise UserError(
                         f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
                         "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
                     )
-                if number == 0 and _is_first_process():
+                if number == 0 and not is_shown and _is_first_process():
                     _check_folder(cfg, composer.is_sweep)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_first_lines(error)) from error

@@ -66,6 +66,23 @@ class Index:
         start, end = _span(self._columns["key_ends"], i)
         return self._columns["key_bytes"][start:end].tobytes().decode("utf-8", "surrogateescape")
 
+    def member_key(self, i: int) -> str:
+        """Return the key of clip `i` as its shard has it."""
+        return self.key(i)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column as `indexfile` stores it."""
+        return self._columns[name]
+
+    def key_spans(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the keys of many clips at once: UTF-8 bytes of all keys, and where in them each begins and ends."""
+        ends = self._columns["key_ends"]
+        return self._columns["key_bytes"], np.where(clips > 0, ends[clips - 1], 0), ends[clips]
+
+    def labels_of(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take the label ids of many clips at once, and where each clip's end."""
+        return take_ragged(self._columns["label_ids"], self._columns["label_ends"], clips)
+
     def label_ids(self, i: int) -> np.ndarray:
         """Return positions in `vocabulary` (int32), none for an unlabelled clip."""
         start, end = _span(self._columns["label_ends"], i)
@@ -101,7 +118,7 @@ class Index:
             try:
                 with tarfile.open(fileobj=shard, mode="r|") as tar:
                     member = tar.next()
-                    if member is None or not member.isfile() or member.name != f"{self.key(i)}.json":
+                    if member is None or not member.isfile() or member.name != f"{self.member_key(i)}.json":
                         return {}
                     found = json.load(io.BytesIO(tar.extractfile(member).read(2**20)))
             except (tarfile.TarError, ValueError):

@@ -35,9 +35,9 @@ FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class Requests:
-    """Turn a sampler's (row, epoch, clip) into requests that a worker can answer without the index.
+    """Turn a sampler's (row, turn, clip) into requests that a worker can answer without the index.
 
-    `clips` (C,) are the index's clips that the sampler counts through. The crop of a clip is drawn from (seed, epoch,
+    `clips` (C,) are the index's clips that the sampler counts through. The crop of a clip is drawn from (seed, turn,
     clip); with `seed` None every crop is the middle one.
     """
 
@@ -52,12 +52,12 @@ class Requests:
         """List micro-batch `number`, counted from step 0."""
         return [self.request(*entry) for entry in self.sampler.batch(number)]
 
-    def request(self, row: int, epoch: int, clip: int) -> ClipRequest:
+    def request(self, row: int, turn: int, clip: int) -> ClipRequest:
         """Say where the clip lies and what its crop is drawn from."""
         i = int(self.clips[clip])
         return ClipRequest(
             row=row,
-            draw=None if self.seed is None else mix_seed(self.seed, "crop", epoch, clip),
+            draw=None if self.seed is None else mix_seed(self.seed, "crop", turn, clip),
             key=self.index.key(i),
             shard=self.shards[self.index.shard[i]],
             offset=int(self.index.offset[i]),

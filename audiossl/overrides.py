@@ -21,9 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from audiossl.errors import UserError
+from audiossl.fields import Fields, Spec, read_fields, unknown_key
 from audiossl.rules import show
 from audiossl.schema import nearest
-from audiossl.settings import Fields, Spec, read_fields, unknown_key
 
 MAX_JOBS = 10_000
 MAX_COMPOSED = 100  # beyond it, a sweep's values are checked one at a time instead of in every combination
@@ -98,6 +98,7 @@ class Composer:
 
     def _check_key(self, override: Override, base: DictConfig, fields: Fields) -> None:
         key = override.key_or_group
+        fields = fields.with_entry_of(key)
         if override.is_hydra_override():
             inner = key.removeprefix("hydra.")
             is_free = inner.startswith(tuple(f"{section}." for section in FREE_HYDRA_SECTIONS))
@@ -111,7 +112,7 @@ class Composer:
             raise unknown_key(key, fields, tuple(g for g in self.loader.list_groups("") if g != "hydra"))
         elif override.is_delete():
             raise UserError(f"~{key}: a key cannot be taken away; give it another value, or null")
-        elif override.type == OverrideType.CHANGE and not has_key(base, key):
+        elif override.type == OverrideType.CHANGE and (not has_key(base, key) or key in fields.tables):
             self.rewritten[override.input_line] = f"++{override.input_line}"
 
 

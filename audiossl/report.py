@@ -30,12 +30,13 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
         getattr(method, "tokens_per_clip", "?"),
     )
     log.info(
-        "%d clips (%.2f h); %d steps x %d clips = %.1f epochs%s; everything goes to %s",
+        "%d clips (%.2f h); %d steps x %d clips = %.1f epochs%s%s; everything goes to %s",
         data.num_clips,
         data.hours,
         max_steps,
         global_batch,
-        max_steps * global_batch / data.num_clips,
+        max_steps * global_batch / data.clips_per_epoch,
+        data.describe_epoch(),
         f"; {layout.note}" if layout.note else "",
         run_dir,
     )

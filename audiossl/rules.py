@@ -8,6 +8,7 @@ run that cannot work ends before torch is imported.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -30,7 +31,16 @@ def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
 POSITIVE = ("above 0", lambda v: v > 0)
 RATIO = ("at least 0 and below 1", lambda v: 0 <= v < 1)
 
+FRACTION = ("above 0 and at most 1", lambda v: 0 < v <= 1)
+
 RULES = (
+    Rule("data.sources.*.fraction", *FRACTION),
+    Rule("data.sources.*", *POSITIVE),
+    Rule("data.fraction", *FRACTION),
+    Rule("data.fraction_seed", *_at_least(0)),
+    Rule("data.sampling_offset", *_at_least(0)),
+    Rule("data.draws_per_epoch", *_at_least(1)),
+    Rule("data.shuffle_shards", *_at_least(1)),
     Rule("seed", "from 0 to 4294967295", lambda v: 0 <= v < 2**32),
     Rule("*mask_ratio*", *RATIO),
     Rule("*dropout", *RATIO),
@@ -97,6 +107,7 @@ def check_pretraining(values: Mapping[str, object]) -> None:
     `values` maps dotted keys to plain values. A check is skipped when the config lacks one of its keys.
     """
     _check_grid(values)
+    check_drawing(values)
     for prefix in ("model.", "model.decoder_"):
         width, heads = values.get(f"{prefix}width"), values.get(f"{prefix}num_heads")
         if width and heads and width % heads:
@@ -115,6 +126,35 @@ def check_pretraining(values: Mapping[str, object]) -> None:
         raise UserError(
             f"trainer.max_steps={show(steps)}, trainer.max_epochs={show(values.get('trainer.max_epochs'))}: "
             "give one of them, null the other"
+        )
+
+
+def check_drawing(values: Mapping[str, object]) -> None:
+    """Check what the keys of `data` decide together: one corpus or several, and how their clips are drawn."""
+    if "data.sampling" not in values:
+        return
+    entries = [key.split(".")[2:] for key in values if key.startswith("data.sources.")]
+    names = {entry[0] for entry in entries}
+    if not names and values.get("data.shards") is None:
+        raise UserError(
+            "data.shards=null: say where the shards are, or mix corpora: data.sources.NAME.shards=... for each"
+        )
+    if names and values.get("data.shards") is not None:
+        raise UserError(f"data.shards={show(values['data.shards'])}: data.sources say where the shards are; null one")
+    if odd := sorted(name for name in names if not re.fullmatch(r"[\w-]+", name)):
+        raise UserError(f"data.sources.{odd[0]}: a name may hold letters, digits, - and _ only")
+    without = sorted(name for name in names if values.get(f"data.sources.{name}.weight") is None)
+    if without and len(without) < len(names):
+        raise UserError(f"data.sources.{without[0]}.weight=null: give every source a weight, or none")
+    sampling, replacement = values["data.sampling"], values.get("data.replacement")
+    if values.get("data.shuffle_shards") and (sampling or replacement):
+        what = f"data.sampling={sampling}" if sampling else "data.replacement=true"
+        raise UserError(f"data.shuffle_shards={values['data.shuffle_shards']}: {what} draws from all shards; null one")
+    draws_without = replacement is False or (replacement is None and sampling == "passt")
+    if sampling and draws_without and values.get("data.draws_per_epoch") is None:
+        raise UserError(
+            f"data.sampling={sampling}: without replacement, an epoch of all clips holds each once, whatever its "
+            "weight; give data.draws_per_epoch=N (PaSST: 100000), or data.replacement=true"
         )
 
 

@@ -218,6 +218,10 @@ def _parse_subscript(name: str, index: ast.AST, module: str, depth: int) -> Type
             if len(types) == len(items) and name in ("tuple", "Tuple")
             else Type("list", (union(types),))
         )
+    if name in ("dict", "Mapping") and module.startswith("audiossl.") and isinstance(items[-1], ast.Name):
+        found = _find(module, items[-1].id)
+        if found and isinstance(found[1], ast.ClassDef):
+            return Type("mapping", (f"{found[0].name}.{found[1].name}",))  # of entries that this class describes
     return Type("mapping") if name in ("dict", "Dict", "Mapping", "Callable", "type") else ANY
 
 

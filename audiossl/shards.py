@@ -1,14 +1,14 @@
 """How does a folder of shards become batches of waveforms?
 
-`ShardData` loads the index, holds out validation clips, and makes the loaders of a rank. Which clip comes when is a
-function of (seed, epoch) and the step (`order.py`); how a clip is read and cut is in `clips.py`; workers and time-outs
-are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size are passed in, never asked for.
+`ShardData` makes the loaders of a rank. Which clips there are is in `corpus.py`; which comes when is a function of
+(seed, epoch) and the step (`drawing.py`, `order.py`); how a clip is read and cut is in `clips.py`; workers and
+time-outs are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size are passed in, never asked
+for.
 """
 
 from __future__ import annotations
 
 import logging
-import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +18,12 @@ import torch
 from audiossl.audio import AudioError, decode, resample
 from audiossl.badclips import BadClips
 from audiossl.clips import ClipDataset
+from audiossl.corpus import Source, load_corpus
+from audiossl.drawing import Drawing
 from audiossl.errors import UserError
-from audiossl.index import Index
 from audiossl.loader import Loader, Requests, make_loader
-from audiossl.order import FixedSampler, StepSampler
+from audiossl.order import FixedSampler, Order, StepSampler
+from audiossl.rules import check_drawing, check_value
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +33,37 @@ MAX_EXAMPLE_SECONDS = 30.0
 class ShardData:
     """Make loaders of the clips in `shards`: a glob of tars, or a folder or file with their index.
 
+    - sources: several corpora instead of `shards`, by name (`corpus.Source`). Each has its own endless stream, and
+      every epoch takes the very share of each that its weight asks for.
     - rate_hz: of the waveforms delivered; null takes the clips' own rate where they share one, else `default_rate_hz`
       (the front end's). Clips of another rate are resampled in the workers.
     - batch_size: clips per process and micro-batch. num_workers: decoding processes, 0 for none.
     - crop_seconds: of each clip, null for what the front end's frames need; longer clips are cut at random, shorter
       ones repeated (padding "cyclic") or filled up with silence ("zeros").
     - split: train on this split only, null for all clips. validation_clips: as many of those are held out, chosen by a
-      hash of their keys, so always the same ones.
+      hash of their keys, so always the same ones; of several sources, in proportion to their clips.
+    - fraction: of the clips that are left, above 0 and up to 1; a smaller one lies inside a larger one. fraction_by:
+      "random", or "class" for equally many clips of each class. fraction_seed: which of them, whatever the run's seed.
+    - sampling: null for each clip once per epoch, or draws by label weights, 1000 / (offset + count) summed over a
+      clip's labels, as published by "audiomae", "passt" or "atst" (`sampling.py`). sampling_offset: another offset than
+      theirs; sampling_reduce: "sum" or "max" over labels. replacement: whether a clip may come again in an epoch; null
+      as published (only "passt" draws without), and false without sampling. In a mixture: within each source.
+    - draws_per_epoch: clips of an epoch, null for as many as there are.
+    - shuffle_shards: null shuffles all clips; a number visits that many shards at a time.
     - cache_mb: decoded audio to keep, shared out among the workers.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
 
     Attributes: index, clips and held_out (arrays of clips of the index), rate_hz, corpus_hash, num_clips,
-    num_validation_clips, hours. Raises UserError for shards that are missing or without an index, an unknown split,
-    and values out of range.
+    num_validation_clips, clips_per_epoch, hours. Raises UserError for shards that are missing or without an index, an
+    unknown split, values out of range, and settings that contradict each other or the clips that are there.
     """
 
     def __init__(
         self,
         *,
-        shards: str,
+        shards: str | None,
+        sources: dict[str, Source] | None,
         rate_hz: int | None,
         batch_size: int,
         num_workers: int,
@@ -58,6 +71,15 @@ class ShardData:
         padding: Literal["cyclic", "zeros"],
         validation_clips: int,
         split: str | None,
+        fraction: float,
+        fraction_by: Literal["random", "class"],
+        fraction_seed: int,
+        sampling: Literal["audiomae", "passt", "atst"] | None,
+        sampling_offset: float | None,
+        sampling_reduce: Literal["sum", "max"],
+        replacement: bool | None,
+        draws_per_epoch: int | None,
+        shuffle_shards: int | None,
         cache_mb: int,
         mean: float,
         std: float,
@@ -73,16 +95,20 @@ class ShardData:
         for name, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"data.{name}={value}: must be {least:g} or more")
-        self.index = Index.load(shards)
-        if len(self.index) == 0:
-            raise UserError(f"data.shards={shards}: 0 clips in {len(self.index.shards)} shards; nothing to train on")
-        chosen = self.index.select(split=split)
-        if validation_clips >= len(chosen):
-            raise UserError(
-                f"data.validation_clips={validation_clips}: only {len(chosen)} clips are there, and some must train"
-            )
-        self.clips, self.held_out = _hold_out(self.index, chosen, validation_clips)
-        self.rate_hz = rate_hz or _common_rate(self.index, chosen) or default_rate_hz
+        drawing = dict(sampling=sampling, sampling_offset=sampling_offset, sampling_reduce=sampling_reduce)
+        drawing |= dict(replacement=replacement, draws_per_epoch=draws_per_epoch, shuffle_shards=shuffle_shards)
+        chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
+        chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
+        _check({**drawing, **chosen})
+        self.corpus = load_corpus(**chosen)
+        self.drawing = Drawing(**drawing)
+        self._weights = self.drawing.weights(self.corpus)
+        self.index = self.corpus.index
+        self.clips, self.held_out = np.concatenate(self.corpus.pools), self.corpus.held_out
+        self.order(seed=0)  # refuses what the clips do not suffice for
+        self.clips_per_epoch = self.drawing.clips_per_epoch(self.corpus)
+        one_rate = self.corpus.rates_hz[0] if len(self.corpus.rates_hz) == 1 else None
+        self.rate_hz = rate_hz or one_rate or default_rate_hz
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.crop_seconds = crop_seconds
@@ -92,10 +118,26 @@ class ShardData:
         self.std = std
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.corpus_hash = self.index.corpus_hash
+        self.corpus_hash = self.corpus.hash
         self.num_clips = len(self.clips)
         self.num_validation_clips = len(self.held_out)
         self.hours = float(self.index.seconds[self.clips].sum(dtype=np.float64)) / 3600
+
+    def order(self, seed: int) -> Order:
+        """Build the order of a run's clips, as positions in `clips`."""
+        return self.drawing.order(self.corpus, self._weights, seed)
+
+    def describe_epoch(self) -> str:
+        """Say what an epoch holds where it is not each clip once; "" where it is."""
+        corpus, notes = self.corpus, []
+        if self.clips_per_epoch != self.num_clips:
+            notes.append(f"of {self.clips_per_epoch} draws")
+        if corpus.names[0]:
+            parts = zip(corpus.names, corpus.shares, corpus.pools, strict=True)
+            notes += [f"{name}: {share:.1%} of the draws from {len(pool)} clips" for name, share, pool in parts]
+        if self._weights is not None and (idle := sum(int((weights == 0).sum()) for weights in self._weights)):
+            notes.append(f"{idle} clips without a label never come")
+        return f" ({', '.join(notes)})" if notes else ""
 
     def train_loader(
         self,
@@ -113,12 +155,11 @@ class ShardData:
         `crop_samples` at `rate_hz`, None for `crop_seconds`. The length counts from step 0 (`StepSampler`).
         """
         sampler = StepSampler(
-            num_clips=self.num_clips,
+            order=self.order(seed),
             batch_size=self.batch_size,
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
-            seed=seed,
             max_steps=max_steps,
             start_step=start_step,
         )
@@ -153,7 +194,7 @@ class ShardData:
         """
         pool = self.held_out if self.num_validation_clips else self.clips
         by_kind: dict[str, list[int]] = {}
-        for i in pool[:1000].tolist() if num_clips else []:
+        for i in self.corpus.some_of(pool, 1000) if num_clips else []:
             kind = self.index.read_meta(i).get("kind") or ", ".join(self.index.labels(i))
             by_kind.setdefault(str(kind), []).append(i)
         depth = max(map(len, by_kind.values()), default=0)
@@ -191,17 +232,11 @@ class ShardData:
         return BadClips(None if self.run_dir is None else self.run_dir / name)
 
 
-def _hold_out(index: Index, chosen: np.ndarray, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split clips into those to train on and `num_clips` held out, by a hash that knows nothing of seed and corpus."""
-    if num_clips == 0:
-        return chosen, chosen[:0]
-    keys = (index.key(i).encode("utf-8", "surrogateescape") for i in chosen.tolist())
-    hashes = np.fromiter(map(zlib.crc32, keys), np.int64, len(chosen))
-    is_held_out = np.zeros(len(chosen), bool)
-    is_held_out[np.argsort(hashes, kind="stable")[:num_clips]] = True
-    return chosen[~is_held_out], chosen[is_held_out]
-
-
-def _common_rate(index: Index, clips: np.ndarray) -> int | None:
-    rates = np.unique(index.rate_hz[clips])
-    return int(rates[0]) if len(rates) == 1 else None
+def _check(settings: dict) -> None:
+    """Check the settings that choose and order clips as the config's are."""
+    sources = settings["sources"] or {}
+    values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
+    values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}
+    for key, value in values.items():
+        check_value(key, value)
+    check_drawing(values)

@@ -82,8 +82,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     optim = OptimSettings(**config["optim"])
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
-    max_steps = _max_steps(config["trainer"], data.num_clips, global_batch)
-    optim = _warmed_up(optim, data.num_clips / global_batch, max_steps)
+    max_steps = _max_steps(config["trainer"], data.clips_per_epoch, global_batch)
+    optim = _warmed_up(optim, data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch}
     ckpt = _start(config, method, run_dir, provenance)
     module = Pretraining(
@@ -155,10 +155,10 @@ def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> 
     return settled
 
 
-def _max_steps(trainer: dict[str, Any], num_clips: int, global_batch: int) -> int:
+def _max_steps(trainer: dict[str, Any], clips_per_epoch: int, global_batch: int) -> int:
     if trainer["max_steps"] is not None:
         return trainer["max_steps"]
-    return math.ceil(trainer["max_epochs"] * num_clips / global_batch)
+    return math.ceil(trainer["max_epochs"] * clips_per_epoch / global_batch)
 
 
 def _crop_samples(data: dict[str, Any], frontend, rate_hz: int) -> int:

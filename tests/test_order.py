@@ -1,18 +1,19 @@
 """Every clip once per epoch, the same global batches on any machine, and resume from the step number alone."""
 
 import time
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audiossl.order import FixedSampler, StepSampler, clip_order, clips_at, rows_of
+from audiossl.order import FixedSampler, ShardWindows, Shuffled, StepSampler, clip_order, rows_of
 
 
 def sampler(**changes) -> StepSampler:
-    defaults = dict(num_clips=50, batch_size=4, accumulate=1, rank=0, world_size=1, seed=3, max_steps=40, start_step=0)
+    order = Shuffled(changes.pop("num_clips", 50), seed=3)
+    defaults = dict(order=order, batch_size=4, accumulate=1, rank=0, world_size=1, max_steps=40, start_step=0)
     return StepSampler(**{**defaults, **changes})
 
 
@@ -30,7 +31,6 @@ def global_batches(world_size: int, **changes) -> list[list[tuple[int, int, int]
 
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
     orders = {(seed, epoch): clip_order(100, seed, epoch).copy() for seed, epoch in product(range(3), range(4))}
-    clip_order.cache_clear()
     for (seed, epoch), order in orders.items():
         assert sorted(order) == list(range(100))
         assert np.array_equal(order, clip_order(100, seed, epoch))
@@ -79,7 +79,7 @@ def test_ten_thousand_random_topologies_cover_the_stream_exactly(seed):
         global_batch = batch_size * accumulate * world_size
         assert rows == list(range(global_batch))
         first = step * global_batch // num_clips * num_clips  # the start of the epoch in which this step begins
-        epochs, clips = clips_at(np.arange(first, first + num_clips), num_clips, seed)
+        epochs, clips = Shuffled(num_clips, seed=seed).at(np.arange(first, first + num_clips))
         assert set(epochs.tolist()) == {first // num_clips} and sorted(clips) == list(range(num_clips))
 
 
@@ -108,3 +108,52 @@ def test_validation_gives_each_clip_once_and_each_rank_equally_many_batches(num_
     assert len({len(batches) for batches in ranks}) == 1
     assert sorted(clip for batches in ranks for batch in batches for _, _, clip in batch) == list(range(num_clips))
     assert all(row < 4 * world_size for batches in ranks for batch in batches for row, _, _ in batch)
+
+
+RAGGED_SHARDS = np.repeat([5, 3, 8, 0, 9, 2, 7], [10, 3, 10, 7, 10, 1, 6])  # shard of each of 47 clips
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 50])
+def test_shard_windows_give_each_clip_once_per_epoch_a_few_shards_at_a_time(num_shards):
+    order = ShardWindows(RAGGED_SHARDS, num_shards=num_shards, seed=4)
+    visited = []
+    for epoch in range(4):
+        turns, clips = order.at(np.arange(epoch * 47, (epoch + 1) * 47))
+        assert set(turns) == {epoch} and sorted(clips) == list(range(47))
+        windows, at = order.shards_ahead(epoch * 47), 0
+        while at < 47:
+            ahead = next(windows)
+            num_clips = int(np.isin(RAGGED_SHARDS, ahead).sum())
+            assert set(RAGGED_SHARDS[clips[at : at + num_clips]]) == set(ahead) and len(ahead) <= num_shards
+            at += num_clips
+        visited.append(clips.tolist())
+    assert len({tuple(clips) for clips in visited}) == 4
+
+
+def test_the_shards_ahead_of_any_position_begin_with_its_own_window_and_go_on_into_the_next_epoch():
+    order = ShardWindows(RAGGED_SHARDS, num_shards=2, seed=4)
+    _, clips = order.at(np.arange(3 * 47))
+    for position in range(2 * 47):
+        ahead = [shard for window, _ in zip(order.shards_ahead(position), range(5), strict=False) for shard in window]
+        met = list(dict.fromkeys(RAGGED_SHARDS[clips[position : 47 * (position // 47 + 1)]].tolist()))
+        assert set(met) <= set(ahead)
+        assert RAGGED_SHARDS[clips[position]] in next(order.shards_ahead(position))
+    windows = list(islice(order.shards_ahead(0), 12))
+    assert windows == [window for epoch in range(3) for window in islice(order.shards_ahead(47 * epoch), 4)]
+
+
+def test_clips_are_mixed_within_a_window_and_shards_between_epochs():
+    shard = np.repeat(np.arange(40), 100)
+    order = ShardWindows(shard, num_shards=8, seed=0)
+    _, clips = order.at(np.arange(4000))
+    assert np.mean(np.diff(shard[clips]) == 0) < 0.2, "neighbours of a shard do not stay neighbours"
+    firsts = {tuple(sorted(next(order.shards_ahead(epoch * 4000)))) for epoch in range(5)}
+    assert len(firsts) == 5
+
+
+def test_ranks_and_resume_see_the_same_windows():
+    order = ShardWindows(RAGGED_SHARDS, num_shards=2, seed=4)
+    settings = dict(order=order, batch_size=4, accumulate=1, max_steps=40)
+    whole = list(StepSampler(rank=0, world_size=1, start_step=0, **settings | {"batch_size": 8}))
+    ranks = [list(StepSampler(rank=rank, world_size=2, start_step=5, **settings)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole[5:]

@@ -97,6 +97,10 @@ optim.weigth_decay=0.1         optim.weight_decay
 data.batchsize=8               data.batch_size
 data.shard=x                   data.shards
 checkpoint.keep_lst=1          checkpoint.keep_last
+data=mix data.sources.a.weigth=1  data.sources.a.weight
+data=mix data.sources.a.shard=x   data.sources.a.shards
+data=mix data.source.a.shards=x   data.sources
+data.samplng=passt             data.sampling
 sed=1                          seed
 expriment=audiomae_base_as2m   experiment
 max_steps=10                   trainer.max_steps
@@ -108,9 +112,29 @@ hydra.run.dirr=x               hydra.run.dir
 
 @pytest.mark.parametrize("row", TYPOS.split("\n")[1:-1])
 def test_misspelt_key_is_refused_with_the_nearest_key(refused, row):
-    override, meant = row.split()
-    key = override.split("=")[0].lstrip("+~")
-    assert refused(override) == f"{key}: no such key. Did you mean {meant}?"
+    *overrides, meant = row.split()
+    key = overrides[-1].split("=")[0].lstrip("+~")
+    assert refused(*overrides) == f"{key}: no such key. Did you mean {meant}?"
+
+
+SOURCES = """
+data.sources={a:{shards:x,fracton:1}}              data.sources.a.fracton: no such key. Did you mean data.sources.a.f
+data.sources.a.weight=1                            data.sources.a.shards: is missing
+data.sources.a=1                                   data.sources.a=1: must be a mapping
+data.sources=2                                     data.sources=2: must be a mapping or null
+data.sources={a:{shards:x,weight:big}}             data.sources.a.weight=big: must be a number or null
+data.sources={a:{shards:x,weight:0}}               data.sources.a.weight=0: must be above 0
+data.sources={a:{shards:x,fraction:2}}             data.sources.a.fraction=2: must be above 0 and at most 1
+data.sources={a:{shards:x,weight:1},b:{shards:y}}  data.sources.b.weight=null: give every source a weight, or none
+data.sources={a:{shards:x}} data.shards=y          data.shards=y: data.sources say where the shards are
+data.sources={}                                    data.shards=null: say where the shards are, or mix corpora
+"""
+
+
+@pytest.mark.parametrize("row", SOURCES.split("\n")[1:-1])
+def test_a_mistake_inside_a_source_is_named(refused, row):
+    overrides, error = row.split("  ", 1)
+    assert refused("data=mix", *overrides.split()).startswith(error.strip())
 
 
 VALUES = """
@@ -143,7 +167,7 @@ data.batch_size=4.5               must be a whole number
 data.batch_size=0                 must be at least 1
 data.num_workers=-1               must be at least 0
 data.padding=circular             must be one of cyclic, zeros
-data.shards=                      must be text; nothing was given
+data.shards=                      must be text or null; nothing was given
 model.depth=-3                    must be at least 1
 model.depth=true                  must be a whole number
 model.mask_ratio=1                must be at least 0 and below 1
@@ -156,6 +180,11 @@ model.positions=right             must be one of
 model.norm_target=1               must be true or false
 model.num_heads=5                 does not divide model.width=192; model.num_heads=4 would
 model.stride=null                 must be a whole number
+data.fraction=0                   must be above 0 and at most 1
+data.draws_per_epoch=0            must be at least 1
+data.sampling=pass                must be one of passt, atst, audiomae or null
+data.sampling=passt               holds each once, whatever its weight
+data.shuffle_shards=0             must be at least 1
 frontend.num_mels=100             100 mel bands do not divide into patches of 16; 96 or 112 would
 frontend.seconds=2.5              250 frames do not divide into patches of 16; 2.4 or 2.56 would
 frontend.seconds=0.1              10 frames are less than one patch of 16; give at least 0.16

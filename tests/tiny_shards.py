@@ -50,14 +50,30 @@ def write_shards(folder: Path, shards: list[list[tuple]]) -> str:
     return str(folder)
 
 
-def clip(key: str, data: bytes, frames: int, extension: str = "flac", rate_hz: int = RATE, split: str = "train"):
-    return (key, data, extension, frames, rate_hz, [key[0]], split)
+def clip(
+    key: str, data: bytes, frames: int, extension: str = "flac", rate_hz: int = RATE, split="train", labels=None
+) -> tuple:
+    return (key, data, extension, frames, rate_hz, [key[0]] if labels is None else labels, split)
 
 
-def data_of(shards: str, **changes) -> ShardData:
+EVERY_CLIP_ONCE = dict(  # the settings of `ShardData` that choose and order clips, as the shipped configs have them
+    sources=None,
+    fraction=1.0,
+    fraction_by="random",
+    fraction_seed=0,
+    sampling=None,
+    sampling_offset=None,
+    sampling_reduce="sum",
+    replacement=None,
+    draws_per_epoch=None,
+    shuffle_shards=None,
+)
+
+
+def data_of(shards: str | None, **changes) -> ShardData:
     settings = dict(rate_hz=None, batch_size=4, num_workers=0, crop_seconds=0.1, padding="cyclic", validation_clips=0)
     settings |= dict(split=None, cache_mb=0, mean=0.0, std=1.0, default_rate_hz=16000, run_dir=None)
-    return ShardData(shards=shards, **{**settings, **changes})
+    return ShardData(shards=shards, **{**EVERY_CLIP_ONCE, **settings, **changes})
 
 
 def train_batches(data: ShardData, **changes) -> list[Batch]:

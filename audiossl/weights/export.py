@@ -51,7 +51,7 @@ def export_encoder(method: nn.Module, config: dict[str, Any], path: Path) -> Non
         "geometry": method.encoder.geometry,
         "frontend": config["frontend"],
         "corpus": {
-            "shards": config["data"].get("shards"),
+            "shards": config["data"].get("shards") or config["data"].get("sources"),
             "mean": config["data"]["mean"],
             "std": config["data"]["std"],
         },

@@ -1,0 +1,120 @@
+"""Which corpora does a run train on, and on which of their clips?
+
+One corpus (`data.shards`) or several (`data.sources`). From each, in this order: its split, the clips held out for
+validation, the fraction of the rest. So the clips held out are the same whatever the fraction, shares and seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from audiossl.errors import UserError
+from audiossl.index import Index
+from audiossl.mixture import JoinedIndex, largest_remainder
+from audiossl.subsets import hold_out, take_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Say what one corpus of a mixture is: an entry of `data.sources`.
+
+    - shards: a glob of tars, or a folder or file with their index.
+    - weight: its part of every epoch, in proportion to the other sources' weights; null for all: to their clips.
+    - fraction, split: null as `data.fraction` and `data.split` say.
+    """
+
+    shards: str
+    weight: float | None = None
+    fraction: float | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Hold the clips of a run: `pools[i]` (clips of `index`, ascending) are those of `names[i]` to train on.
+
+    `shares` adds up to 1. One corpus of its own has the name "". `held_out` are clips of `index`. `hash` (hex) changes
+    with any byte of any shard, and in a mixture with any name, split, share or fraction. `rates_hz` are those of the
+    clips before the fraction was taken.
+    """
+
+    index: Index
+    names: list[str]
+    pools: list[np.ndarray]
+    held_out: np.ndarray
+    shares: list[float]
+    rates_hz: list[int]
+    hash: str
+
+    def some_of(self, clips: np.ndarray, num_clips: int) -> list[int]:
+        """List the first of `clips` (of the index), equally many of each corpus; about `num_clips` at most."""
+        corpora = np.split(clips, np.searchsorted(clips, getattr(self.index, "firsts", [0])[1:]))
+        return np.concatenate([part[: -(-num_clips // len(corpora))] for part in corpora]).tolist()
+
+    def keys(self, number: int) -> str:
+        """Name the config's node of corpus `number`, for a message."""
+        return f"data.sources.{self.names[number]}" if self.names[number] else "data"
+
+
+def load_corpus(
+    *,
+    shards: str | None,
+    sources: Mapping[str, Mapping] | None,
+    split: str | None,
+    fraction: float,
+    fraction_by: Literal["random", "class"],
+    fraction_seed: int,
+    validation_clips: int,
+) -> Corpus:
+    """Load the indexes and choose clips; what each setting means is said in `shards.ShardData`.
+
+    Raises UserError for shards that are missing or without an index, an unknown split, more clips held out than there
+    are, and a fraction of nothing.
+    """
+    entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
+    indexes = {name: Index.load(source.shards) for name, source in entries.items()}
+    for index, source in zip(indexes.values(), entries.values(), strict=True):
+        if len(index) == 0:
+            raise UserError(f"data.shards={source.shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
+    chosen = [index.select(split=entries[name].split or split) for name, index in indexes.items()]
+    num_clips = [len(clips) for clips in chosen]
+    if validation_clips >= sum(num_clips):
+        raise UserError(
+            f"data.validation_clips={validation_clips}: only {sum(num_clips)} clips are there, and some must train"
+        )
+    held = map(hold_out, indexes.values(), chosen, largest_remainder(num_clips, validation_clips))
+    remaining, held_out = zip(*held, strict=True)
+    pools, fractions = [], []
+    for (name, source), clips in zip(entries.items(), remaining, strict=True):
+        if not len(clips):
+            raise UserError(f"data.sources.{name}: all its clips are held out; lower data.validation_clips")
+        fractions.append(fraction if source.fraction is None else source.fraction)
+        pools.append(take_fraction(indexes[name], clips, fraction=fractions[-1], by=fraction_by, seed=fraction_seed))
+    weights = [source.weight for source in entries.values()]
+    weights = [float(len(pool)) for pool in pools] if None in weights else weights
+    shares = [weight / sum(weights) for weight in weights]
+    rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
+    index, corpus_hash = indexes.get(""), ""
+    if sources:
+        said = [
+            (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
+            for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
+        ]
+        corpus_hash = hashlib.sha256(repr(said).encode()).hexdigest()
+        index = JoinedIndex(indexes)
+        pools = [clips + first for clips, first in zip(pools, index.firsts, strict=True)]
+        held_out = [clips + first for clips, first in zip(held_out, index.firsts, strict=True)]
+    return Corpus(
+        index=index,
+        names=list(entries),
+        pools=pools,
+        held_out=np.concatenate(held_out),
+        shares=shares,
+        rates_hz=np.unique(np.concatenate(rates)).tolist(),
+        hash=corpus_hash or index.corpus_hash,
+    )
