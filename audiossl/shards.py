@@ -22,6 +22,8 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, StepSampler
+from audiossl.prefetch import Downloads, check_room, remote_shards
+from audiossl.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ MAX_EXAMPLE_SECONDS = 30.0
 
 
 class ShardData:
-    """Make loaders of the clips in `shards`: a glob of tars, or a folder or file with their index.
+    """Make loaders of the clips in `shards`: a glob of tars, or a folder or file with their index; https and s3 too.
 
     - rate_hz: of the waveforms delivered; null takes the clips' own rate where they share one, else `default_rate_hz`
       (the front end's). Clips of another rate are resampled in the workers.
@@ -39,6 +41,8 @@ class ShardData:
     - split: train on this split only, null for all clips. validation_clips: as many of those are held out, chosen by a
       hash of their keys, so always the same ones.
     - cache_mb: decoded audio to keep, shared out among the workers.
+    - cache_dir: where remote shards are downloaded to, null for the user's cache folder; cache_gb: so much of them is
+      kept, by all runs together.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
 
@@ -59,6 +63,8 @@ class ShardData:
         validation_clips: int,
         split: str | None,
         cache_mb: int,
+        cache_dir: str | None,
+        cache_gb: float,
         mean: float,
         std: float,
         default_rate_hz: int,
@@ -68,12 +74,13 @@ class ShardData:
         at_least |= {
             "num_workers": (num_workers, 0),
             "cache_mb": (cache_mb, 0),
+            "cache_gb": (cache_gb, 1e-6),
             "validation_clips": (validation_clips, 0),
         }
         for name, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"data.{name}={value}: must be {least:g} or more")
-        self.index = Index.load(shards)
+        self.index = Index.load(shards, cache=ShardCache.of(cache_dir, cache_gb))
         if len(self.index) == 0:
             raise UserError(f"data.shards={shards}: 0 clips in {len(self.index.shards)} shards; nothing to train on")
         chosen = self.index.select(split=split)
@@ -82,6 +89,8 @@ class ShardData:
                 f"data.validation_clips={validation_clips}: only {len(chosen)} clips are there, and some must train"
             )
         self.clips, self.held_out = _hold_out(self.index, chosen, validation_clips)
+        self.remote = remote_shards(self.index)
+        check_room(self.index, self.clips, self.held_out, shuffle_shards=None)
         self.rate_hz = rate_hz or _common_rate(self.index, chosen) or default_rate_hz
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -122,11 +131,16 @@ class ShardData:
             max_steps=max_steps,
             start_step=start_step,
         )
+        requests = Requests(sampler, self.index, self.clips, seed)
+        downloads = Downloads(requests, self.remote) if self.remote else None
+        if downloads is not None:
+            downloads.fetch_first()
         return make_loader(
             self._dataset(crop_samples, self.num_workers),
-            Requests(sampler, self.index, self.clips, seed),
+            requests,
             num_workers=self.num_workers,
             bad_clips=self._bad_clips(rank),
+            downloads=downloads,
         )
 
     def validation_loader(self, *, rank: int, world_size: int, crop_samples: int | None = None) -> Loader | None:
@@ -137,12 +151,14 @@ class ShardData:
             num_clips=self.num_validation_clips, batch_size=self.batch_size, rank=rank, world_size=world_size
         )
         num_workers = min(1, self.num_workers)
+        requests = Requests(sampler, self.index, self.held_out, None)
         return make_loader(
             self._dataset(crop_samples, num_workers),
-            Requests(sampler, self.index, self.held_out, None),
+            requests,
             num_workers=num_workers,
             bad_clips=self._bad_clips(rank),
             is_iterated_often=True,
+            downloads=Downloads(requests, self.remote) if self.remote else None,
         )
 
     def example_clips(self, num_clips: int) -> list[tuple[str, torch.Tensor]]:
@@ -152,6 +168,8 @@ class ShardData:
         at most 30 s of each; an unreadable clip is passed over with a line in the log.
         """
         pool = self.held_out if self.num_validation_clips else self.clips
+        if self.remote:  # for a few pictures, one shard is downloaded and no more
+            pool = pool[self.index.shard[pool] == self.index.shard[pool[0]]]
         by_kind: dict[str, list[int]] = {}
         for i in pool[:1000].tolist() if num_clips else []:
             kind = self.index.read_meta(i).get("kind") or ", ".join(self.index.labels(i))
@@ -184,6 +202,7 @@ class ShardData:
             crop_samples=crop_samples,
             padding=self.padding,
             cache_bytes=self.cache_bytes // max(1, num_workers),
+            remote=self.remote,
         )
 
     def _bad_clips(self, rank: int) -> BadClips:
