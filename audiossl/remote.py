@@ -47,7 +47,10 @@ class RemoteShard(os.PathLike):
 
     def open(self) -> int:
         """Give a descriptor to read from, after a download where that is needed; raises UserError."""
-        return self.cache.open(self.url, self.num_bytes, self.sha256)
+        try:
+            return self.cache.open(self.url, self.num_bytes, self.sha256)
+        except Absent as error:  # torch hands on a worker's exception by its very type
+            raise UserError(str(error)) from error
 
 
 def locate(described: list[dict], base: str, cache: ShardCache, index: Path) -> list[Path | RemoteShard]:

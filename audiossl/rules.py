@@ -74,7 +74,7 @@ RULES = (
 
 
 def check_value(key: str, value: object) -> None:
-    """Raise `UserError` for a number, or one of a list, that breaks the first rule for its key, and for shards' URLs."""
+    """Raise `UserError` for a number, or one of a list, that breaks the first rule for its key, and for a URL."""
     if "shards" in key.split(".") and isinstance(value, str):
         refuse_scheme(value, f"{key}=")
     rule = next((rule for rule in RULES if fnmatchcase(key, rule.pattern)), None)

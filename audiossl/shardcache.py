@@ -141,7 +141,7 @@ class ShardCache:
         path = self.path(sha256)
         try:
             descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; remove it, it will be downloaded again") from error

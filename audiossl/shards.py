@@ -71,12 +71,8 @@ class ShardData:
         run_dir: str | Path | None,
     ):
         at_least = {"batch_size": (batch_size, 1), "rate_hz": (rate_hz, 1), "crop_seconds": (crop_seconds, 1e-4)}
-        at_least |= {
-            "num_workers": (num_workers, 0),
-            "cache_mb": (cache_mb, 0),
-            "cache_gb": (cache_gb, 1e-6),
-            "validation_clips": (validation_clips, 0),
-        }
+        at_least |= {"num_workers": (num_workers, 0), "cache_mb": (cache_mb, 0), "cache_gb": (cache_gb, 1e-6)}
+        at_least |= {"validation_clips": (validation_clips, 0)}
         for name, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"data.{name}={value}: must be {least:g} or more")

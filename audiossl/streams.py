@@ -54,14 +54,20 @@ class Stream:
 
 
 @contextmanager
-def open_stream(url: str, start: int, tag: str | None, stall_seconds: float) -> Iterator[Stream]:
+def open_stream(
+    url: str, start: int, tag: str | None, stall_seconds: float, known_tag: str | None = None
+) -> Iterator[Stream]:
     """Open `url` from byte `start` on, or from 0 where that cannot be or its tag is no longer `tag`.
 
-    `stall_seconds` without a byte are a time-out. Raises Passing and Refused, on opening and from inside the `with`,
-    and UserError where the extra is not installed.
+    With the tag `known_tag` nothing need come. `stall_seconds` without a byte are a time-out. Raises Passing and
+    Refused, on opening and from inside the `with`, and UserError where the extra is not installed.
     """
     try:
-        with (_open_s3 if url.startswith("s3://") else _open_https)(url, start, tag, stall_seconds) as stream:
+        if url.startswith("s3://"):
+            opened = _open_s3(url, start, tag, stall_seconds)
+        else:
+            opened = _open_https(url, start, tag, stall_seconds, known_tag)
+        with opened as stream:
             yield stream
     except (Passing, Refused, UserError):
         raise
@@ -70,19 +76,22 @@ def open_stream(url: str, start: int, tag: str | None, stall_seconds: float) -> 
 
 
 @contextmanager
-def _open_https(url: str, start: int, tag: str | None, stall_seconds: float) -> Iterator[Stream]:
+def _open_https(url: str, start: int, tag: str | None, stall_seconds: float, known_tag: str | None) -> Iterator[Stream]:
     fsspec, aiohttp = _imported("fsspec"), _imported("aiohttp")
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
     # "encoded", because a signed query must arrive as it was signed; "trust_env" for proxies and netrc
     fs = fsspec.filesystem("https", encoded=True, client_kwargs={"timeout": timeout, "trust_env": True})
     headers = {"Accept-Encoding": "identity"}
+    if known_tag is not None and known_tag.endswith('"'):  # else a date
+        headers["If-None-Match"] = known_tag
     if start:
         headers["Range"] = f"bytes={start}-"
         if tag is not None and not tag.startswith("W/"):
             headers["If-Range"] = tag
     query = os.environ.get(QUERY_VARIABLE, "").lstrip("?")
     full = urllib.parse.quote(url, safe=SAFE_IN_URLS) + (f"?{query}" if query else "")
-    with fs.open(full, "rb", block_size=0, size=1, headers=headers) as file:  # given a size, it does not ask for one
+    trust = ssl.create_default_context()  # aiohttp's own was made at its import, whatever SSL_CERT_FILE says now
+    with fs.open(full, "rb", block_size=0, size=1, headers=headers, ssl=trust) as file:  # a size, or it asks for one
         answer = file.r
         if answer.url.scheme != "https":
             raise Refused(f"leads on to {answer.url.scheme}://{answer.url.host}; only https:// is allowed")
@@ -95,7 +104,7 @@ def _open_https(url: str, start: int, tag: str | None, stall_seconds: float) -> 
             read=file.read,
             start=int(first.partition("-")[0] or 0),
             num_bytes=int(total) if total.isdigit() and is_plain else None,
-            tag=found.get("ETag") or found.get("Last-Modified"),
+            tag=known_tag if answer.status == 304 else found.get("ETag") or found.get("Last-Modified"),
         )
 
 
@@ -146,6 +155,8 @@ def _imported(name: str, *others: str) -> ModuleType:
 
 def _sorted(error: Exception) -> Exception:
     """Word an error of aiohttp, botocore or s3fs as Passing or Refused; their own words may hold a signed query."""
+    if isinstance(error, IndexError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # s3fs 2026.9 looks for an errno in a TimeoutError that has none
     cause = error.__cause__ or error
     status = getattr(error, "status", None)
     if status is None and isinstance(response := getattr(cause, "response", None), dict):

@@ -51,14 +51,13 @@ def fetch(
     The sha256 is None where the server's tag is still `known_tag`. Raises UserError (`Absent` for 404) in one line.
     """
     state = _Part(part, num_bytes, sha256, max_bytes)
-    wants_bar = is_shown and num_bytes is not None
-    with state, tqdm(total=num_bytes, unit="B", unit_scale=True, unit_divisor=1000, desc=url.rpartition("/")[2],
-                     mininterval=0.5, leave=False, disable=not wants_bar) as bar:  # fmt: skip
+    with state, tqdm(total=num_bytes, unit="B", unit_scale=True, desc=url.rpartition("/")[2], mininterval=0.5,
+                     delay=1.0, leave=False, disable=not is_shown) as bar:  # fmt: skip
         failures = 0
         while not state.is_complete:
             best = state.furthest
             try:
-                with open_stream(url, state.have, state.tag, patience.stall_seconds) as stream:
+                with open_stream(url, state.have, state.tag, patience.stall_seconds, known_tag) as stream:
                     if known_tag is not None and stream.tag == known_tag:
                         return None, known_tag
                     state.receive(stream, CHUNK_BYTES[url.partition(":")[0]], bar)
@@ -125,7 +124,7 @@ class _Part:
         limit = self.max_bytes if total is None else total
         if limit > self.max_bytes:
             raise Refused(f"has {limit} bytes, more than the limit of {self.max_bytes}")
-        bar.n = self.have
+        bar.n, bar.total = self.have, total
         while chunk := stream.read(chunk_bytes):
             if self.have + len(chunk) > limit:
                 raise Refused(f"sends more than {limit} bytes")

@@ -1,4 +1,4 @@
-"""Real servers for remote shards: https with a certificate of its own, which misbehaves when told to, and a small S3."""
+"""Real servers for remote shards: https with a certificate of its own, which fails when told to, and a small S3."""
 
 import os
 import ssl
@@ -40,6 +40,8 @@ class Files(BaseHTTPRequestHandler):
         data = path.read_bytes()
         data = bytes(len(data)) if fault == "wrong bytes" else data
         tag, start = f'"{len(data)}-{path.stat().st_mtime_ns}"', 0
+        if self.headers.get("If-None-Match") == tag:
+            return self.fail(304)
         wanted = self.headers.get("Range")
         if wanted and self.server.knows_ranges and self.headers.get("If-Range", tag) == tag:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -60,6 +62,8 @@ class Files(BaseHTTPRequestHandler):
             self.server.sent[name] += min(2**16, cut - at)
             time.sleep(self.server.seconds_per_block)
         self.wfile.flush()
+        if fault == "cut":
+            time.sleep(0.2)  # let what was sent arrive
         if fault == "hang":
             self.server.is_over.wait(30)
         if fault:
