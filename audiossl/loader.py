@@ -187,7 +187,7 @@ def make_loader(
             collate_fn=partial(collate, crop_samples=dataset.crop_samples),
             pin_memory=torch.cuda.is_available(),
             timeout=poll_seconds if num_workers else 0,
-            worker_init_fn=start_worker if num_workers else None,
+            worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,
             multiprocessing_context=_fork_server() if num_workers else None,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=is_iterated_often and num_workers > 0,
@@ -211,8 +211,12 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def start_worker(worker: int) -> None:
-    """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs."""
+def start_worker(worker: int, environment: dict[str, str] | None = None) -> None:
+    """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs.
+
+    `environment` is the trainer's; the fork server's may be older.
+    """
+    os.environ.update(environment or {})
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "only a worker process starts like this"
