@@ -84,14 +84,16 @@ class ShardCache:
         with self.lock(path.stem):
             known = tag_path.read_text() if tag_path.exists() and path.exists() else None
             patience = replace(self.patience, tries=min(INDEX_TRIES, self.patience.tries))  # someone sits and waits
-            sha256, tag = fetch(url, part, num_bytes=None, sha256=None, max_bytes=MAX_INDEX_BYTES, patience=patience,
-                                known_tag=known)  # fmt: skip
-            if sha256 is not None:
-                tag_path.unlink(missing_ok=True)
-                os.replace(part, path)
-                if tag is not None:
-                    tag_path.write_text(tag)
-            part.unlink(missing_ok=True)
+            try:
+                sha256, tag = fetch(url, part, num_bytes=None, sha256=None, max_bytes=MAX_INDEX_BYTES,
+                                    patience=patience, known_tag=known)  # fmt: skip
+                if sha256 is not None:
+                    tag_path.unlink(missing_ok=True)
+                    os.replace(part, path)
+                    if tag is not None:
+                        tag_path.write_text(tag)
+            finally:
+                part.unlink(missing_ok=True)
         return path
 
     def path(self, sha256: str) -> Path:

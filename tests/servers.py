@@ -43,7 +43,8 @@ class Files(BaseHTTPRequestHandler):
         if self.headers.get("If-None-Match") == tag:
             return self.fail(304)
         wanted = self.headers.get("Range")
-        if wanted and self.server.knows_ranges and self.headers.get("If-Range", tag) == tag:
+        is_same = not self.server.knows_if_range or self.headers.get("If-Range", tag) == tag
+        if wanted and self.server.knows_ranges and is_same:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), int(last) + 1 if last else len(data)
             self.send_response(206)
@@ -113,7 +114,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, handler: type[Files], certificate: Path | None = None):
         super().__init__(("127.0.0.1", 0), handler)
-        self.folder, self.knows_ranges, self.seconds_per_block = folder, True, 0.0
+        self.folder = folder
         self.is_over = threading.Event()
         self.forget()
         if certificate is not None:
@@ -126,7 +127,7 @@ class Server(ThreadingHTTPServer):
     def forget(self):
         self.asked, self.sent, self.queries = Counter(), Counter(), []
         self.ranges, self.plan = defaultdict(list), defaultdict(deque)
-        self.knows_ranges, self.seconds_per_block = True, 0.0
+        self.knows_ranges, self.knows_if_range, self.seconds_per_block = True, True, 0.0
 
     def handle_error(self, *_):
         pass  # clients that are killed or cut a transfer are what is tested

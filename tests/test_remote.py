@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,30 @@ def test_the_loader_waits_for_a_slow_download(web, monkeypatch, capsys):
     web.seconds_per_block = 1.0
     assert len(list(loader)) == 12
     assert "waiting for downloads: shard-0000" in capsys.readouterr().out
+
+
+def test_shards_are_downloaded_ahead_as_far_as_the_cache_has_room(web, corpus, tmp_path):
+    data = data_of(f"https://{web.host}/prefix", cache_dir=str(tmp_path / "cache"), batch_size=1)
+    cache = ShardCache(tmp_path / "cache", largest(corpus) * 3)
+    data.remote = {name: replace(shard, cache=cache) for name, shard in data.remote.items()}
+    loader = data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=41, seed=5)
+    order = list(dict.fromkeys(request.shard for batch in loader.loader.batch_sampler for request in batch))
+    downloads = loader.downloads
+    downloads.start(0)
+    wait_for(lambda: len(web.asked) > 2)
+    time.sleep(1.0)
+    early = [name for name in order if data.remote[name].is_here]
+    assert early == order[: len(early)] and 1 < len(early) < 6, "in the order of their use, and not all of them"
+    downloads.reached(41)
+    wait_for(lambda: all(web.asked[name.rpartition("/")[2]] for name in order))
+    downloads.stop()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
