@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,9 +20,12 @@ import torch
 from audiossl.audio import AudioError, decode, probe, resample, to_int16
 from audiossl.batch import Batch, Skipped
 from audiossl.errors import UserError
+from audiossl.remote import RemoteShard
+from audiossl.shardcache import mark_used
 
 Padding = Literal["cyclic", "zeros"]
 MAX_OPEN_SHARDS = 32
+MARK_SECONDS = 5.0  # how often a shard that is read is marked as used
 SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
 MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
@@ -57,15 +62,24 @@ class ClipDataset(torch.utils.data.Dataset):
     A longer clip is cut where `draw` says, at its own rate; a shorter one is repeated from a random start ("cyclic") or
     followed by zeros ("zeros"). A clip of another rate is resampled after the cut, by soxr. `cache_bytes` bounds the
     decoded int16 clips that each process keeps: first come, never evicted, because an epoch meets every clip once and
-    would turn over any cache that forgets.
+    would turn over any cache that forgets. `remote` holds the shards, by name, that have to be downloaded.
     """
 
-    def __init__(self, *, rate_hz: int, crop_samples: int, padding: Padding, cache_bytes: int):
+    def __init__(
+        self,
+        *,
+        rate_hz: int,
+        crop_samples: int,
+        padding: Padding,
+        cache_bytes: int,
+        remote: Mapping[str, RemoteShard] | None = None,
+    ):
         assert crop_samples > 0 and rate_hz > 0 and cache_bytes >= 0
         self.rate_hz = rate_hz
         self.crop_samples = crop_samples
         self.padding = padding
         self.cache_bytes = cache_bytes
+        self.remote = remote or {}
         self._forget()
 
     def __getitem__(self, request: ClipRequest) -> Crop:
@@ -84,7 +98,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self._forget()
 
     def _forget(self) -> None:
-        self._shards = ShardFiles()
+        self._shards = ShardFiles(self.remote)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
         self._room = self.cache_bytes
         self._complete: set[tuple[str, int]] = set()  # clips whose end proved to be there
@@ -180,13 +194,15 @@ def _scaled(draw: int | None, choices: int) -> int:
 
 
 class ShardFiles:
-    """Read bytes of shards, keeping the files used last open.
+    """Read bytes of shards, keeping the files used last open; those in `remote`, by name, are downloaded when absent.
 
     `pread` moves no shared position, so processes that inherited a descriptor do not disturb each other.
     """
 
-    def __init__(self):
+    def __init__(self, remote: Mapping[str, RemoteShard] | None = None):
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._remote = remote or {}
+        self._marked: dict[str, float] = {}
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Read `size` bytes at `offset`; raise AudioError where the shard ends early, UserError where it is gone."""
@@ -200,11 +216,21 @@ class ShardFiles:
 
     def _descriptor(self, shard: str) -> int:
         if shard not in self._open:
+            self._close_evicted()
             if len(self._open) >= MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(shard, os.O_RDONLY)
+            self._open[shard] = self._remote[shard].open() if shard in self._remote else os.open(shard, os.O_RDONLY)
         self._open.move_to_end(shard)
+        if shard in self._remote and time.monotonic() > self._marked.get(shard, 0) + MARK_SECONDS:
+            mark_used(self._open[shard])
+            self._marked[shard] = time.monotonic()
         return self._open[shard]
+
+    def _close_evicted(self) -> None:
+        """Close what the cache has let go, so that its room becomes free."""
+        for shard in [name for name in self._open if name in self._remote]:
+            if os.fstat(self._open[shard]).st_nlink == 0:
+                os.close(self._open.pop(shard))
 
     def __del__(self):
         for descriptor in self._open.values():

@@ -16,6 +16,7 @@ import numpy as np
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.mixture import JoinedIndex, largest_remainder
+from audiossl.shardcache import ShardCache
 from audiossl.subsets import hold_out, take_fraction
 
 
@@ -70,6 +71,7 @@ def load_corpus(
     fraction_by: Literal["random", "class"],
     fraction_seed: int,
     validation_clips: int,
+    cache: ShardCache,
 ) -> Corpus:
     """Load the indexes and choose clips; what each setting means is said in `shards.ShardData`.
 
@@ -77,7 +79,7 @@ def load_corpus(
     are, and a fraction of nothing.
     """
     entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
-    indexes = {name: Index.load(source.shards) for name, source in entries.items()}
+    indexes = {name: Index.load(source.shards, cache=cache) for name, source in entries.items()}
     for index, source in zip(indexes.values(), entries.values(), strict=True):
         if len(index) == 0:
             raise UserError(f"data.shards={source.shards}: 0 clips in {len(index.shards)} shards; nothing to train on")

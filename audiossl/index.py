@@ -18,20 +18,32 @@ import numpy as np
 from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
-from audiossl.shardpaths import find_index, index_command
+from audiossl.remote import RemoteShard, find_remote_index, locate
+from audiossl.shardcache import ShardCache
+from audiossl.shardpaths import find_index, index_command, is_remote
 
 
 class Index:
     """Look up clips 0..len-1 of packed shards; build it with `load`.
 
     Arrays over clips: `offset`, `size` (bytes of the encoded audio in its shard), `num_frames`, `seconds`, `rate_hz`,
-    `channels`, `fold` (-1 for none), `shard` (position in `shards`, a list of paths). `vocabulary` and `splits` list
-    names; `corpus_hash` (hex) changes with any byte of any shard in use; `meta` is the header as written.
+    `channels`, `fold` (-1 for none), `shard` (position in `shards`, a list of paths; those of `RemoteShard`s exist once
+    they are opened). `vocabulary` and `splits` list names; `corpus_hash` (hex) changes with any byte of any shard in
+    use; `meta` is the header as written.
     """
 
-    def __init__(self, *, columns: dict[str, np.ndarray], meta: dict, path: Path):
+    def __init__(
+        self,
+        *,
+        columns: dict[str, np.ndarray],
+        meta: dict,
+        path: Path,
+        base: str | None = None,
+        cache: ShardCache | None = None,
+    ):
         self.path, self.meta, self._columns = path, meta, columns
-        self.shards = [Path(os.path.abspath(path.parent / shard["name"])) for shard in meta["shards"]]
+        self._base, self._cache = base or str(path.parent), cache or ShardCache.of(None, None)
+        self.shards: list[Path | RemoteShard] = locate(meta["shards"], self._base, self._cache, path)
         self.vocabulary: list[str] = meta["vocabulary"]
         self.splits: list[str] = meta["splits"]
         self.corpus_hash: str = corpus_hash(meta["shards"])
@@ -40,17 +52,23 @@ class Index:
         self.rate_hz, self.channels, self.fold = columns["rate_hz"], columns["channels"], columns["fold"]
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Index":
+    def load(cls, path: str | os.PathLike, *, cache: ShardCache | None = None) -> "Index":
         """Load the index of a folder, an index file, or the shards a glob names (`DIR/shard-{000000..000003}.tar`).
+
+        All of these may be `https://` or `s3://`; what is downloaded goes into `cache`, the user's by default.
 
         A glob of some of the shards selects their clips. Raises UserError for a glob that matches nothing, shards
         without an index, a shard that is missing or has another size than the index says, and a damaged index.
         """
-        index_path, wanted = find_index(os.fspath(path))
+        path, cache, base = os.fspath(path), cache or ShardCache.of(None, None), None
+        if is_remote(path):
+            index_path, base, wanted = find_remote_index(path, cache)
+        else:
+            index_path, wanted = find_index(path)
         columns, meta = read_index(index_path)
-        index = cls(columns=columns, meta=meta, path=index_path)
+        index = cls(columns=columns, meta=meta, path=index_path, base=base, cache=cache)
         if wanted is not None:
-            index = index._restrict(wanted, os.fspath(path))
+            index = index._restrict([str(shard) for shard in wanted], path)
         index._check_shards()
         return index
 
@@ -92,7 +110,7 @@ class Index:
         """Return the label names of clip `i`."""
         return [self.vocabulary[label] for label in self.label_ids(i)]
 
-    def shard_path(self, i: int) -> Path:
+    def shard_path(self, i: int) -> Path | RemoteShard:
         """Return the tar that holds clip `i`."""
         return self.shards[self.shard[i]]
 
@@ -150,9 +168,9 @@ class Index:
         if damaged := [str(path) for path, shard in pairs if sha256_of(path) != shard["sha256"]]:
             raise UserError(f"shards differ from {self.path}: {', '.join(damaged)}; fetch or pack them again")
 
-    def _restrict(self, wanted: list[Path], pattern: str) -> "Index":
-        position = {shard: i for i, shard in enumerate(self.shards)}
-        if absent := [str(shard) for shard in wanted if shard not in position]:
+    def _restrict(self, wanted: list[str], pattern: str) -> "Index":
+        position = {str(shard): i for i, shard in enumerate(self.shards)}
+        if absent := [shard for shard in wanted if shard not in position]:
             raise UserError(
                 f"{absent[0]} is not in {self.path} ({len(absent)} of {len(wanted)} shards are not); "
                 f"index them: {index_command(pattern)}"
@@ -168,10 +186,12 @@ class Index:
         for values, ends in (("key_bytes", "key_ends"), ("label_ids", "label_ends")):
             columns[values], columns[ends] = take_ragged(self._columns[values], self._columns[ends], rows)
         meta = {**self.meta, "shards": [self.meta["shards"][i] for i in chosen]}
-        return Index(columns=columns, meta=meta, path=self.path)
+        return Index(columns=columns, meta=meta, path=self.path, base=self._base, cache=self._cache)
 
     def _check_shards(self) -> None:
         for path, shard in zip(self.shards, self.meta["shards"], strict=True):
+            if isinstance(path, RemoteShard):
+                continue  # checked when it comes
             if not path.is_file():
                 raise UserError(f"shard {path} is missing or no file (it is listed in {self.path})")
             if not os.access(path, os.R_OK):
@@ -185,15 +205,19 @@ class Index:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `python -m audiossl index`."""
-    parser.add_argument("shards", metavar="GLOB", help="the shards, quoted: 'DIR/shard-*.tar' or 'DIR/{000..127}.tar'")
-    parser.add_argument("--out", type=Path, help="the index (default: index.safetensors in the shards' common folder)")
+    parser.add_argument("shards", metavar="GLOB", help="the shards, quoted: 'DIR/shard-*.tar' or 'DIR/{000..127}.tar', "
+                        "also at https:// and s3://")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="the index, or a folder for it (default: index.safetensors in the "
+                        "shards' common folder; remote shards need one)")  # fmt: skip
+    parser.add_argument("--cache-dir", type=Path, help="remote shards: where they are kept (default: the user's cache)")
+    parser.add_argument("--cache-gb", type=float, help="remote shards: how much of them is kept (default: 50)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Index a stranger's shards; return 1 when over 1 % of the samples, or the end of a shard, were left out."""
     from audiossl.scan import index_shards  # the loader's workers import this module and need none of that
 
-    return index_shards(args.shards, args.out)
+    return index_shards(args.shards, args.out, ShardCache.of(args.cache_dir, args.cache_gb))
 
 
 def _span(ends: np.ndarray, i: int) -> tuple[int, int]:

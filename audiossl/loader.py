@@ -28,6 +28,7 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.noise import mix_seed
 from audiossl.order import FixedSampler, StepSampler
+from audiossl.prefetch import Downloads
 
 POLL_SECONDS = 5  # how soon a dead worker is noticed
 TIMEOUT_SECONDS = 180.0  # longer than a network file system stalls, shorter than a night
@@ -46,7 +47,7 @@ class Requests:
         self.index = index
         self.clips = clips
         self.seed = seed
-        self.shards = [str(shard.absolute()) for shard in index.shards]
+        self.shards = [str(shard) for shard in index.shards]
 
     def batch(self, number: int) -> list[ClipRequest]:
         """List micro-batch `number`, counted from step 0."""
@@ -87,10 +88,13 @@ class Loader:
     Raises UserError for too many bad clips, a worker that died, and a batch that took more than `timeout_seconds`.
     """
 
-    def __init__(self, loader: DataLoader, *, timeout_seconds: float, bad_clips: BadClips):
+    def __init__(
+        self, loader: DataLoader, *, timeout_seconds: float, bad_clips: BadClips, downloads: Downloads | None = None
+    ):
         self.loader = loader
         self.timeout_seconds = timeout_seconds
         self.bad_clips = bad_clips
+        self.downloads = downloads
 
     def __len__(self) -> int:
         return len(self.loader.batch_sampler)
@@ -106,16 +110,23 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         number = self.loader.batch_sampler.first
+        if self.downloads is not None:
+            self.downloads.start(number)
         try:
             while (batch := self._next(batches, number)) is not None:
                 self.bad_clips.add(batch)
                 yield batch
                 number += 1
+                if self.downloads is not None:
+                    self.downloads.reached(number)
         except Exception:
             # the traceback keeps `batches` alive, and workers that end only when it is collected take seconds each
             if self.loader.num_workers:
                 batches._shutdown_workers()
             raise
+        finally:
+            if self.downloads is not None:
+                self.downloads.stop()
 
     def _next(self, batches: Iterator[Batch], number: int) -> Batch | None:
         deadline = time.monotonic() + self.timeout_seconds
@@ -127,8 +138,11 @@ class Loader:
             except (OSError, EOFError) as error:  # it died while it handed over a batch
                 raise self._explained(RuntimeError(f"a worker exited unexpectedly ({error!r})"), number) from error
             except RuntimeError as error:
-                if "timed out" in str(error) and time.monotonic() < deadline:
-                    continue  # it only looked whether all workers are alive
+                if "timed out" in str(error):
+                    if self.downloads is not None and self.downloads.are_moving():
+                        deadline = time.monotonic() + self.timeout_seconds
+                    if time.monotonic() < deadline:
+                        continue  # it only looked whether all workers are alive
                 raise self._explained(error, number) from error
 
     def _explained(self, error: RuntimeError, number: int) -> Exception:
@@ -155,11 +169,13 @@ def make_loader(
     timeout_seconds: float = TIMEOUT_SECONDS,
     prefetch: int = 4,
     is_iterated_often: bool = False,
+    downloads: Downloads | None = None,
 ) -> Loader:
     """Serve the batches of `requests`, a batch sampler of lists of `ClipRequest`, by `num_workers` processes.
 
     0 workers decode in the calling process, where no time-out can interrupt a read that hangs. `prefetch` is in batches
-    per worker. `is_iterated_often` keeps the workers and their caches from one iteration to the next.
+    per worker. `is_iterated_often` keeps the workers and their caches from one iteration to the next. `downloads`
+    brings remote shards.
     """
     # torch restarts kept workers within one time-out, which a busy machine may need more of
     poll_seconds = 6 * POLL_SECONDS if is_iterated_often else POLL_SECONDS
@@ -171,13 +187,14 @@ def make_loader(
             collate_fn=partial(collate, crop_samples=dataset.crop_samples),
             pin_memory=torch.cuda.is_available(),
             timeout=poll_seconds if num_workers else 0,
-            worker_init_fn=start_worker if num_workers else None,
+            worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,
             multiprocessing_context=_fork_server() if num_workers else None,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=is_iterated_often and num_workers > 0,
         ),
         timeout_seconds=timeout_seconds,
         bad_clips=bad_clips,
+        downloads=downloads,
     )
 
 
@@ -194,8 +211,12 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def start_worker(worker: int) -> None:
-    """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs."""
+def start_worker(worker: int, environment: dict[str, str] | None = None) -> None:
+    """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs.
+
+    `environment` is the trainer's; the fork server's may be older.
+    """
+    os.environ.update(environment or {})
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "only a worker process starts like this"

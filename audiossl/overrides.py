@@ -34,7 +34,8 @@ class Composer:
     """Compose the configs that a command line asks for; use it inside `hydra.initialize_config_dir`.
 
     After `jobs`, `is_sweep` tells whether Hydra will sweep, and `rewritten` maps overrides to what Hydra must be given
-    instead: a key that the signature knows but no YAML sets gets a `++`, because struct mode refuses it otherwise.
+    instead: a key that the signature knows but no YAML sets gets a `++`, because struct mode refuses it otherwise, and
+    a glob with braces gets quotes.
     """
 
     def __init__(self, config_name: str, spec: Spec, search: list[str], is_sweep: bool):
@@ -47,7 +48,9 @@ class Composer:
     def jobs(self, texts: list[str]) -> Iterator[DictConfig]:
         """Yield the config of each job, with its `hydra` node; raises `UserError` for the first wrong override."""
         parser = OverridesParser.create(self.loader)
-        overrides = parser.parse_overrides(texts)
+        quoted = [quote_braces(text) for text in texts]
+        self.rewritten |= {text: better for text, better in zip(texts, quoted, strict=True) if better != text}
+        overrides = parser.parse_overrides(quoted)
         for override in overrides:
             self._check_choice(override)
         texts = [next(_values(override)) for override in overrides]
@@ -146,6 +149,13 @@ def combinations(overrides: list[Override], every: bool = False) -> Iterator[tup
     yield first
     for place, pool in enumerate(pools):
         yield from (first[:place] + (text,) + first[place + 1 :] for text in pool[1:])
+
+
+def quote_braces(text: str) -> str:
+    """Quote a glob such as `data.shards=DIR/{000..127}.tar`, whose braces Hydra would take for a dictionary's."""
+    key, _, value = text.partition("=")
+    is_glob = key.endswith("shards") and "{" in value and value[0] not in "{[\"'" and "'" not in value
+    return f"{key}='{value}'" if is_glob else text
 
 
 def has_key(cfg: DictConfig, key: str) -> bool:

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from audiossl.errors import UserError
+from audiossl.shardpaths import refuse_scheme
 
 
 class Rule(NamedTuple):
@@ -58,6 +59,7 @@ RULES = (
     Rule("*.seconds", *POSITIVE),
     Rule("*_seconds", *_at_least(0)),
     Rule("*.rate_hz", *POSITIVE),
+    Rule("*.cache_gb", *POSITIVE),
     Rule("*_hz", *_at_least(0)),
     Rule("*.std", *POSITIVE),
     Rule("optim.lr", "above 0 and at most 100", lambda v: 0 < v <= 100),
@@ -82,7 +84,9 @@ RULES = (
 
 
 def check_value(key: str, value: object) -> None:
-    """Raise `UserError` when a number, or one of a list of numbers, breaks the first rule that matches its key."""
+    """Raise `UserError` for a number, or one of a list, that breaks the first rule for its key, and for a URL."""
+    if "shards" in key.split(".") and isinstance(value, str):
+        refuse_scheme(value, f"{key}=")
     rule = next((rule for rule in RULES if fnmatchcase(key, rule.pattern)), None)
     numbers = value if isinstance(value, list | tuple) else [value]
     if rule and any(type(v) in (int, float) and not rule.holds(v) for v in numbers):

@@ -20,7 +20,9 @@ from audiossl.audio import AudioError, extension_of, probe
 from audiossl.errors import UserError
 from audiossl.indexfile import sha256_of, write_index, write_whole
 from audiossl.packwriter import counted, num_cores
-from audiossl.shardpaths import INDEX_NAME, common_folder, expand
+from audiossl.remote import expand_remote
+from audiossl.shardcache import ShardCache
+from audiossl.shardpaths import INDEX_NAME, common_folder, expand, is_remote
 from audiossl.tarfiles import Member, Oddity, TarDamage, walk
 
 MAX_LEFT_OUT = 0.01
@@ -30,21 +32,28 @@ WORTH_WORKERS_BYTES = 10**8  # starting processes takes longer than reading less
 LABELS = ("json", "cls", "txt")
 
 
-def index_shards(pattern: str, out: Path | None = None) -> int:
+def index_shards(pattern: str, out: Path | None = None, cache: ShardCache | None = None) -> int:
     """Index the shards of `pattern` into `out` (default: beside them), print what was found, return the exit code.
 
+    `out` is the file, or a folder for it. Remote shards pass through `cache` one by one, and the index has their
+    URLs.
     1 when more than 1 % of the samples were left out, or a shard is damaged so that nobody knows how many are lost.
     Raises UserError when no sample is left.
     """
-    shards = expand(pattern)
-    if unreadable := [shard for shard in shards if not shard.is_file() or not os.access(shard, os.R_OK)]:
-        raise UserError(f"{unreadable[0]} is no file that can be read")
+    if is_remote(pattern):
+        shards, scanned = _remote(pattern, out, cache or ShardCache.of(None, None))
+    else:
+        shards = expand(pattern)
+        if unreadable := [shard for shard in shards if not shard.is_file() or not os.access(shard, os.R_OK)]:
+            raise UserError(f"{unreadable[0]} is no file that can be read")
+        scanned = _scan_all(shards)
     out = Path(os.path.abspath(out)) if out else common_folder(shards) / INDEX_NAME
+    out = out / INDEX_NAME if out.is_dir() else out
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist")
     left_out: list[tuple[str, str, str]] = []
     damaged: list[str] = []
-    found = _unique(_scan_all(shards), out.parent, left_out, damaged)
+    found = _unique(scanned, out.parent, left_out, damaged)
     part = out.with_name(f"{out.name}.new")
     meta = write_index(part, found)
     num_clips = meta["counts"]["clips"]
@@ -106,24 +115,39 @@ def _scan_all(shards: list[Path]) -> Iterator[dict]:
             yield from counted(pool.map(scan_shard, shards), bar)
 
 
+def _remote(pattern: str, out: Path | None, cache: ShardCache) -> tuple[list[str], Iterator[dict]]:
+    """List remote shards, and make the generator that downloads and scans one after another."""
+    if out is None:
+        raise UserError("--out DIR: an index of remote shards needs a folder here")
+    if out.suffix != ".safetensors":
+        out.mkdir(parents=True, exist_ok=True)
+    urls = expand_remote(pattern)
+
+    def scanned() -> Iterator[dict]:
+        with tqdm(total=len(urls), unit="shard", desc="index", mininterval=0.5) as bar:
+            yield from counted((scan_shard(cache.add(url)) | {"url": url} for url in urls), bar)
+
+    return urls, scanned()
+
+
 def _unique(results: Iterator[dict], folder: Path, left_out: list, damaged: list) -> Iterator[dict]:
     """Name each shard relative to `folder`, leave out keys seen before, and print one line for each reason."""
-    owners: dict[str, Path] = {}
+    owners: dict[str, str] = {}
     for shard in results:
-        path, rows = shard["path"], []
+        path, rows = shard.get("url") or str(shard["path"]), []
+        name = shard.get("url") or os.path.relpath(path, folder)
         for row in shard["rows"]:
             if row[0] in owners:
-                shard["left_out"].append((row[0], f"key is also in {owners[row[0]].name}"))
+                shard["left_out"].append((row[0], f"key is also in {os.path.basename(owners[row[0]])}"))
             else:
                 owners[row[0]] = path
                 rows.append(row)
         for reason, number in Counter(reason for _, reason in shard["left_out"]).items():
             first = next(key for key, why in shard["left_out"] if why == reason)
             tqdm.write(f"{path}: {reason}" + (f" ({number} x, first '{first}')" if first else ""))
-        left_out += [(path.name, key, reason) for key, reason in shard["left_out"]]
+        left_out += [(os.path.basename(path), key, reason) for key, reason in shard["left_out"]]
         if shard["damage"]:
-            damaged.append(path.name)
-        name = os.path.relpath(path, folder)
+            damaged.append(path)
         yield {"name": name, "bytes": shard["bytes"], "sha256": shard["sha256"], "rows": rows}
 
 

@@ -1,6 +1,7 @@
 """Which shards does a glob mean, and which index belongs to them?
 
-Local paths only, and never a shell: `*`, `?`, `[]` and the braces of webdataset, `{000000..000007}` and `{a,b}`.
+Local paths, `https://` and `s3://` only, and never a shell: `*`, `?`, `[]` and the braces of webdataset,
+`{000000..000007}` and `{a,b}`. A URL holds no secret, because it is written down with the run.
 """
 
 import glob as globbing
@@ -15,6 +16,9 @@ INDEX_NAME = "index.safetensors"
 _MAX_NAMES = 1_000_000  # braces such as {0..999999999} are refused before they are expanded
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|-$")
+REMOTE = ("https://", "s3://")
+QUERY_VARIABLE = "AUDIOSSL_URL_QUERY"
 
 
 def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
@@ -43,12 +47,11 @@ def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
 
 def expand(pattern: str) -> list[Path]:
     """List the files a pattern names, absolute, sorted, each once; raises UserError when there is none."""
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|-$", pattern):
-        raise UserError(f"'{pattern}': shards are local paths; '{scheme.group()}' is not allowed")
+    refuse_scheme(pattern)
     if not pattern:
         raise UserError("no shards given: name a folder, an index or a glob such as 'DIR/shard-*.tar'")
     found: set[str] = set()
-    for name in _expand_braces(pattern):
+    for name in expand_braces(pattern):
         if os.path.lexists(name):
             found.add(os.path.abspath(name))
         elif globbing.has_magic(name):
@@ -58,6 +61,37 @@ def expand(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"'{pattern}' matches no file (from {os.getcwd()})")
     return [Path(name) for name in sorted(found)]
+
+
+def is_remote(name: str) -> bool:
+    """Tell whether shards are to come from another machine."""
+    return name.startswith(REMOTE)
+
+
+def refuse_scheme(name: str, where: str = "") -> None:
+    """Refuse every URL but those over https and s3 that hold no secret, in a line that does not show it either."""
+    shown = f"{where}'{without_secrets(name)}'"
+    if not is_remote(name):
+        if scheme := _SCHEME.match(name):
+            raise UserError(
+                f"{shown}: shards are local paths, https:// or s3:// addresses; '{scheme.group()}' is not allowed"
+            )
+        return
+    host, _, path = name.partition("://")[2].partition("/")
+    if "@" in host:
+        raise UserError(f"{shown}: a password must not stand in an address, which is written down; use a .netrc")
+    if "?" in name or "#" in name:
+        raise UserError(
+            f"{shown}: a query must not stand in an address, which is written down with the run; leave it out and "
+            f"export {QUERY_VARIABLE}='...', which is added to each https request"
+        )
+    if not host or ".." in path.split("/") or not name.isprintable() or " " in host:
+        raise UserError(f"{shown}: no address of a folder or file")
+
+
+def without_secrets(address: str) -> str:
+    """Cut query and password out of a URL, to show it."""
+    return re.sub(r"(?<=://)[^/@]*@", "***@", re.sub(r"[?#].*", "?***", address)) if "://" in address else address
 
 
 def common_folder(shards: list[Path]) -> Path:
@@ -75,7 +109,8 @@ def pack_command() -> str:
     return "python -m audiossl pack FOLDER --out DIR"
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """Write out `{000000..000007}` and `{a,b}`, in order; raises UserError for too many names."""
     names = [pattern]
     while any(_BRACES.search(name) for name in names[:1]):
         longer = []

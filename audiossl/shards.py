@@ -23,7 +23,9 @@ from audiossl.drawing import Drawing
 from audiossl.errors import UserError
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, Order, StepSampler
+from audiossl.prefetch import Downloads, check_room, remote_shards
 from audiossl.rules import check_drawing, check_value
+from audiossl.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ MAX_EXAMPLE_SECONDS = 30.0
 
 
 class ShardData:
-    """Make loaders of the clips in `shards`: a glob of tars, or a folder or file with their index.
+    """Make loaders of the clips in `shards`: a glob of tars, or a folder or file with their index; https and s3 too.
 
     - sources: several corpora instead of `shards`, by name (`corpus.Source`). Each has its own endless stream, and
       every epoch takes the very share of each that its weight asks for.
@@ -51,6 +53,8 @@ class ShardData:
     - draws_per_epoch: clips of an epoch, null for as many as there are.
     - shuffle_shards: null shuffles all clips; a number visits that many shards at a time.
     - cache_mb: decoded audio to keep, shared out among the workers.
+    - cache_dir: where remote shards are downloaded to, null for the user's cache folder; cache_gb: so much of them is
+      kept, by all runs together.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
 
@@ -81,17 +85,16 @@ class ShardData:
         draws_per_epoch: int | None,
         shuffle_shards: int | None,
         cache_mb: int,
+        cache_dir: str | None,
+        cache_gb: float,
         mean: float,
         std: float,
         default_rate_hz: int,
         run_dir: str | Path | None,
     ):
         at_least = {"batch_size": (batch_size, 1), "rate_hz": (rate_hz, 1), "crop_seconds": (crop_seconds, 1e-4)}
-        at_least |= {
-            "num_workers": (num_workers, 0),
-            "cache_mb": (cache_mb, 0),
-            "validation_clips": (validation_clips, 0),
-        }
+        at_least |= {"num_workers": (num_workers, 0), "cache_mb": (cache_mb, 0), "cache_gb": (cache_gb, 1e-6)}
+        at_least |= {"validation_clips": (validation_clips, 0)}
         for name, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"data.{name}={value}: must be {least:g} or more")
@@ -100,11 +103,13 @@ class ShardData:
         chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
         _check({**drawing, **chosen})
-        self.corpus = load_corpus(**chosen)
+        self.corpus = load_corpus(**chosen, cache=ShardCache.of(cache_dir, cache_gb))
         self.drawing = Drawing(**drawing)
         self._weights = self.drawing.weights(self.corpus)
         self.index = self.corpus.index
         self.clips, self.held_out = np.concatenate(self.corpus.pools), self.corpus.held_out
+        self.remote = remote_shards(self.index)
+        check_room(self.index, self.clips, self.held_out, shuffle_shards)
         self.order(seed=0)  # refuses what the clips do not suffice for
         self.clips_per_epoch = self.drawing.clips_per_epoch(self.corpus)
         one_rate = self.corpus.rates_hz[0] if len(self.corpus.rates_hz) == 1 else None
@@ -163,11 +168,16 @@ class ShardData:
             max_steps=max_steps,
             start_step=start_step,
         )
+        requests = Requests(sampler, self.index, self.clips, seed)
+        downloads = Downloads(requests, self.remote) if self.remote else None
+        if downloads is not None:
+            downloads.fetch_first()
         return make_loader(
             self._dataset(crop_samples, self.num_workers),
-            Requests(sampler, self.index, self.clips, seed),
+            requests,
             num_workers=self.num_workers,
             bad_clips=self._bad_clips(rank),
+            downloads=downloads,
         )
 
     def validation_loader(self, *, rank: int, world_size: int, crop_samples: int | None = None) -> Loader | None:
@@ -178,12 +188,14 @@ class ShardData:
             num_clips=self.num_validation_clips, batch_size=self.batch_size, rank=rank, world_size=world_size
         )
         num_workers = min(1, self.num_workers)
+        requests = Requests(sampler, self.index, self.held_out, None)
         return make_loader(
             self._dataset(crop_samples, num_workers),
-            Requests(sampler, self.index, self.held_out, None),
+            requests,
             num_workers=num_workers,
             bad_clips=self._bad_clips(rank),
             is_iterated_often=True,
+            downloads=Downloads(requests, self.remote) if self.remote else None,
         )
 
     def example_clips(self, num_clips: int) -> list[tuple[str, torch.Tensor]]:
@@ -193,6 +205,8 @@ class ShardData:
         at most 30 s of each; an unreadable clip is passed over with a line in the log.
         """
         pool = self.held_out if self.num_validation_clips else self.clips
+        if self.remote:  # for a few pictures, one shard is downloaded and no more
+            pool = pool[self.index.shard[pool] == self.index.shard[pool[0]]]
         by_kind: dict[str, list[int]] = {}
         for i in self.corpus.some_of(pool, 1000) if num_clips else []:
             kind = self.index.read_meta(i).get("kind") or ", ".join(self.index.labels(i))
@@ -225,6 +239,7 @@ class ShardData:
             crop_samples=crop_samples,
             padding=self.padding,
             cache_bytes=self.cache_bytes // max(1, num_workers),
+            remote=self.remote,
         )
 
     def _bad_clips(self, rank: int) -> BadClips:

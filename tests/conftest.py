@@ -34,3 +34,11 @@ def folder_shards(tmp_path_factory) -> Path:
     from commands import pack_folder
 
     return pack_folder(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory) -> Path:
+    """Make a key and a certificate for localhost, once."""
+    from servers import make_certificate
+
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
