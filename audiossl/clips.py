@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,12 +19,15 @@ import torch
 from audiossl.audio import AudioError, decode, probe, resample, to_int16
 from audiossl.batch import Batch, Skipped
 from audiossl.errors import UserError
+from audiossl.tarfiles import read_member
 
 Padding = Literal["cyclic", "zeros"]
 MAX_OPEN_SHARDS = 32
 SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
 MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
+MAX_CLIP_BYTES = 2**30  # of encoded audio
+MAX_CACHED_FRAMES = 2**23  # of one clip: a tiny file may decode to hours
 DRAW_BITS = 63  # of a request's `draw`
 
 
@@ -117,7 +121,7 @@ class ClipDataset(torch.utils.data.Dataset):
         place = (request.shard, request.offset)
         if place in self._cache:
             return self._cache[place][start : start + wanted]
-        data = self._shards.read(request.shard, request.offset, request.size)
+        data = self._data(request)
         if 2 * request.num_frames <= self._room and (whole := _whole(data, request)) is not None:
             self._cache[place] = whole
             self._room -= whole.nbytes
@@ -128,10 +132,17 @@ class ClipDataset(torch.utils.data.Dataset):
             self._complete.add(place)
         return waveform
 
+    def _data(self, request: ClipRequest) -> bytes:
+        """Read a clip's bytes together with the tar header before them, which has to bear the clip's name."""
+        if request.size > MAX_CLIP_BYTES:
+            raise AudioError(f"{request.size} bytes, more than the limit of {MAX_CLIP_BYTES}")
+        name = f"{request.key}.{request.extension}"
+        return read_member(partial(self._shards.read, request.shard), name, request.offset, request.size)
+
 
 def _whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
     """Decode a clip to keep it; None for a damaged one, because damage outside the crop must not count only here."""
-    if _is_long(request):
+    if _is_long(request) or request.num_frames > MAX_CACHED_FRAMES:
         return None
     try:
         return _decoded(data, 0, request.num_frames, request)

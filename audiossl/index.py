@@ -11,14 +11,17 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
-from audiossl.shardpaths import find_index, index_command
+from audiossl.shardpaths import find_index, index_command, means
+from audiossl.tarfiles import read_member
 
 
 class Index:
@@ -38,20 +41,30 @@ class Index:
         self.shard, self.offset, self.size = columns["shard"], columns["offset"], columns["size"]
         self.num_frames, self.seconds = columns["num_frames"], columns["seconds"]
         self.rate_hz, self.channels, self.fold = columns["rate_hz"], columns["channels"], columns["fold"]
+        self.lost: dict[int, str] = {}  # clips that cannot be in their shards as these are, and why
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Index":
+    def load(cls, path: str | os.PathLike, damaged_shards: Literal["stop", "skip"] = "stop") -> "Index":
         """Load the index of a folder, an index file, or the shards a glob names (`DIR/shard-{000000..000003}.tar`).
 
-        A glob of some of the shards selects their clips. Raises UserError for a glob that matches nothing, shards
-        without an index, a shard that is missing or has another size than the index says, and a damaged index.
+        A glob of some of the shards selects their clips; a shard in the index that it would match, were it there, is
+        missing. Raises UserError for a glob that matches nothing, shards without an index, a damaged index, and
+        ("stop") a shard that is missing, cannot be read or has another size than the index says. With "skip" such a
+        shard's clips that cannot be there are in `lost`, and everything else stays as it is.
         """
         index_path, wanted = find_index(os.fspath(path))
         columns, meta = read_index(index_path)
         index = cls(columns=columns, meta=meta, path=index_path)
         if wanted is not None:
+            there = set(wanted)
+            wanted += [shard for shard in index.shards if shard not in there and means(os.fspath(path), shard)]
             index = index._restrict(wanted, os.fspath(path))
-        index._check_shards()
+        problems = list(map(_problem_of, index.shards, index.meta["shards"]))
+        if damaged_shards == "stop" and (worded := next(filter(None, problems), None)):
+            raise UserError(f"{worded[0]} ({index.path}); {worded[2]}")
+        for number, problem in enumerate(problems):
+            if problem is not None:
+                index._lose(number, problem[1], index.shards[number])
         return index
 
     def __len__(self) -> int:
@@ -85,10 +98,10 @@ class Index:
         return None if code < 0 else self.splits[code]
 
     def read(self, i: int) -> bytes:
-        """Read the encoded audio of clip `i`."""
+        """Read the encoded audio of clip `i`; raises AudioError where the shard holds another in its place."""
         with open(self.shard_path(i), "rb") as shard:
-            shard.seek(int(self.offset[i]))
-            return shard.read(int(self.size[i]))
+            name = f"{self.key(i)}.{self.extension(i)}"
+            return read_member(partial(_pread, shard.fileno()), name, int(self.offset[i]), int(self.size[i]))
 
     def read_meta(self, i: int) -> dict:
         """Read the JSON member after clip `i`'s audio, {} where there is none; for some clips, not for each of many."""
@@ -149,27 +162,58 @@ class Index:
         meta = {**self.meta, "shards": [self.meta["shards"][i] for i in chosen]}
         return Index(columns=columns, meta=meta, path=self.path)
 
-    def _check_shards(self) -> None:
-        for path, shard in zip(self.shards, self.meta["shards"], strict=True):
-            if not path.is_file():
-                raise UserError(f"shard {path} is missing or no file (it is listed in {self.path})")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"shard {path} may not be read; see its permissions")
-            if (size := path.stat().st_size) != shard["bytes"]:
-                raise UserError(
-                    f"shard {path} has {size} bytes where {self.path} says {shard['bytes']}: cut or replaced; fetch or "
-                    f"pack it again, or index what is there: {index_command(str(path.parent / '*.tar'))}"
-                )
+    def _lose(self, shard: int, num_bytes: int, path: Path) -> None:
+        """Note the clips of a shard that do not lie within its first `num_bytes`."""
+        reason = f"its shard ends at byte {num_bytes}" if num_bytes else f"its shard is {_state_of(path)}"
+        ends = self.offset + self.size
+        for i in np.flatnonzero((self.shard == shard) & (ends > num_bytes)).tolist():
+            self.lost[i] = reason
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    return os.pread(descriptor, size, offset)
+
+
+def _problem_of(path: Path, described: dict) -> tuple[str, int, str] | None:
+    """Say what a shard has that its index does not know, how many bytes can be read, and the way out."""
+    state = _state_of(path)
+    if state == "not readable":
+        return f"shard {path} may not be read", 0, "see its permissions, or data.damaged_shards=skip"
+    if state:
+        return f"shard {path} is {state}", 0, "bring it back, or go on without: data.damaged_shards=skip"
+    if (size := path.stat().st_size) == described["bytes"]:
+        return None
+    there = index_command(str(path.parent / "*.tar"))
+    return (
+        f"shard {path} has {size} bytes where the index says {described['bytes']}: cut or replaced",
+        size,
+        f"fetch or pack it again, index what is there ({there}), or data.damaged_shards=skip",
+    )
+
+
+def _state_of(path: Path) -> str:
+    """Say why a shard cannot be opened; nothing where it can."""
+    if not path.exists():
+        return "missing"
+    if not path.is_file():
+        return "no file"
+    return "" if os.access(path, os.R_OK) else "not readable"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `python -m audiossl index`."""
     parser.add_argument("shards", metavar="GLOB", help="the shards, quoted: 'DIR/shard-*.tar' or 'DIR/{000..127}.tar'")
     parser.add_argument("--out", type=Path, help="the index (default: index.safetensors in the shards' common folder)")
+    parser.add_argument("--verify", action="store_true", help="compare every byte with the index that is there")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Index a stranger's shards; return 1 when over 1 % of the samples, or the end of a shard, were left out."""
+    """Index a stranger's shards; return 1 when over 1 % of the samples, or part of a shard, were left out."""
+    if args.verify:
+        index = Index.load(args.out or args.shards)
+        index.verify()
+        print(f"{len(index.shards)} shards with {len(index)} clips are as {index.path} says, byte for byte")
+        return 0
     from audiossl.scan import index_shards  # the loader's workers import this module and need none of that
 
     return index_shards(args.shards, args.out)

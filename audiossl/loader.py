@@ -29,8 +29,8 @@ from audiossl.index import Index
 from audiossl.noise import mix_seed
 from audiossl.order import FixedSampler, StepSampler
 
+KILL_SECONDS = 3.0  # that workers have to end when asked
 POLL_SECONDS = 5  # how soon a dead worker is noticed
-TIMEOUT_SECONDS = 180.0  # longer than a network file system stalls, shorter than a night
 FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -66,6 +66,10 @@ class Requests:
             rate_hz=int(self.index.rate_hz[i]),
             extension=self.index.extension(i),
         )
+
+    def clips_of(self, number: int) -> dict[int, int]:
+        """Map the rows of micro-batch `number` to the index's clips."""
+        return {row: int(self.clips[clip]) for row, _, clip in self.sampler.batch(number)}
 
     @property
     def first(self) -> int:
@@ -108,13 +112,14 @@ class Loader:
         number = self.loader.batch_sampler.first
         try:
             while (batch := self._next(batches, number)) is not None:
-                self.bad_clips.add(batch)
+                requests = self.loader.batch_sampler
+                self.bad_clips.add(batch, requests.clips_of(number), is_training=requests.seed is not None)
                 yield batch
                 number += 1
         except Exception:
             # the traceback keeps `batches` alive, and workers that end only when it is collected take seconds each
             if self.loader.num_workers:
-                batches._shutdown_workers()
+                _end(batches)
             raise
 
     def _next(self, batches: Iterator[Batch], number: int) -> Batch | None:
@@ -152,7 +157,7 @@ def make_loader(
     *,
     num_workers: int,
     bad_clips: BadClips,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    timeout_seconds: float,
     prefetch: int = 4,
     is_iterated_often: bool = False,
 ) -> Loader:
@@ -179,6 +184,18 @@ def make_loader(
         timeout_seconds=timeout_seconds,
         bad_clips=bad_clips,
     )
+
+
+def _end(batches: Iterator[Batch]) -> None:
+    """Stop the workers; one that does not hear (stopped, or deep in a file system that is away) is killed.
+
+    Python waits at its exit for every process it has started, so a worker that stays would keep the run from ending.
+    """
+    killer = threading.Timer(KILL_SECONDS, lambda: [worker.kill() for worker in batches._workers])
+    killer.daemon = True
+    killer.start()
+    batches._shutdown_workers()
+    killer.cancel()
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:

@@ -21,7 +21,7 @@ from audiossl.errors import UserError
 from audiossl.indexfile import sha256_of, write_index, write_whole
 from audiossl.packwriter import counted, num_cores
 from audiossl.shardpaths import INDEX_NAME, common_folder, expand
-from audiossl.tarfiles import Member, Oddity, TarDamage, walk
+from audiossl.tarfiles import Damage, Member, Oddity, TarDamage, walk
 
 MAX_LEFT_OUT = 0.01
 MAX_AUDIO_BYTES = 2**28
@@ -68,6 +68,10 @@ def scan_shard(path: Path) -> dict:
     left_out, damage, repeated = [], None, set()
     try:
         for member in walk(path):
+            if isinstance(member, Damage):
+                damage = damage or member.reason
+                left_out.append(("", member.reason))
+                continue
             if isinstance(member, Oddity):
                 left_out.append((member.name, member.reason))
                 continue

@@ -3,6 +3,7 @@
 Local paths only, and never a shell: `*`, `?`, `[]` and the braces of webdataset, `{000000..000007}` and `{a,b}`.
 """
 
+import fnmatch
 import glob as globbing
 import os
 import re
@@ -58,6 +59,13 @@ def expand(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"'{pattern}' matches no file (from {os.getcwd()})")
     return [Path(name) for name in sorted(found)]
+
+
+def means(pattern: str, shard: Path) -> bool:
+    """Tell whether a glob would match a shard if it were there (`**` means one folder)."""
+    wanted = [Path(os.path.abspath(name)).parts for name in _expand_braces(pattern)]
+    parts = shard.parts
+    return any(len(name) == len(parts) and all(map(fnmatch.fnmatchcase, parts, name)) for name in wanted)
 
 
 def common_folder(shards: list[Path]) -> Path:

@@ -7,6 +7,7 @@ are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from audiossl.audio import AudioError, decode, resample
-from audiossl.badclips import BadClips
+from audiossl.badclips import BadClips, Entry
 from audiossl.clips import ClipDataset
 from audiossl.errors import UserError
 from audiossl.index import Index
@@ -26,6 +27,7 @@ from audiossl.order import FixedSampler, StepSampler
 log = logging.getLogger(__name__)
 
 MAX_EXAMPLE_SECONDS = 30.0
+AT_LEAST = {"batch_size": 1, "rate_hz": 1, "crop_seconds": 1e-4, "max_bad_in_a_row": 1, "timeout_seconds": 1}  # else 0
 
 
 class ShardData:
@@ -39,12 +41,15 @@ class ShardData:
     - split: train on this split only, null for all clips. validation_clips: as many of those are held out, chosen by a
       hash of their keys, so always the same ones.
     - cache_mb: decoded audio to keep, shared out among the workers.
+    - damaged_shards: "stop" where a shard is missing or has another size than the index says, or "skip" its clips.
+    - max_bad_fraction: of the corpus, and max_bad_in_a_row: clips skipped before the run stops (`badclips.py`).
+    - timeout_seconds: to wait for a batch before a worker is taken to hang; without workers nothing can watch.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
 
     Attributes: index, clips and held_out (arrays of clips of the index), rate_hz, corpus_hash, num_clips,
-    num_validation_clips, hours. Raises UserError for shards that are missing or without an index, an unknown split,
-    and values out of range.
+    num_validation_clips, hours, bad_clips (this rank's ledger). Raises UserError for shards that are missing or without
+    an index, an unknown split, and values out of range.
     """
 
     def __init__(
@@ -59,21 +64,19 @@ class ShardData:
         validation_clips: int,
         split: str | None,
         cache_mb: int,
+        damaged_shards: Literal["stop", "skip"],
+        max_bad_fraction: float,
+        max_bad_in_a_row: int,
+        timeout_seconds: float,
         mean: float,
         std: float,
         default_rate_hz: int,
         run_dir: str | Path | None,
     ):
-        at_least = {"batch_size": (batch_size, 1), "rate_hz": (rate_hz, 1), "crop_seconds": (crop_seconds, 1e-4)}
-        at_least |= {
-            "num_workers": (num_workers, 0),
-            "cache_mb": (cache_mb, 0),
-            "validation_clips": (validation_clips, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name}={value}: must be {least:g} or more")
-        self.index = Index.load(shards)
+        given = dict(batch_size=batch_size, rate_hz=rate_hz, crop_seconds=crop_seconds, num_workers=num_workers)
+        given |= dict(cache_mb=cache_mb, validation_clips=validation_clips, max_bad_fraction=max_bad_fraction)
+        _check_ranges(given | dict(max_bad_in_a_row=max_bad_in_a_row, timeout_seconds=timeout_seconds))
+        self.index = Index.load(shards, damaged_shards)
         if len(self.index) == 0:
             raise UserError(f"data.shards={shards}: 0 clips in {len(self.index.shards)} shards; nothing to train on")
         chosen = self.index.select(split=split)
@@ -81,7 +84,8 @@ class ShardData:
             raise UserError(
                 f"data.validation_clips={validation_clips}: only {len(chosen)} clips are there, and some must train"
             )
-        self.clips, self.held_out = _hold_out(self.index, chosen, validation_clips)
+        lost = np.fromiter(self.index.lost, np.int64)
+        self.clips, self.held_out = (_without(clips, lost) for clips in _hold_out(self.index, chosen, validation_clips))
         self.rate_hz = rate_hz or _common_rate(self.index, chosen) or default_rate_hz
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -92,10 +96,13 @@ class ShardData:
         self.std = std
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.corpus_hash = self.index.corpus_hash
+        self.timeout_seconds = timeout_seconds
+        self.corpus_hash = _hash_of(self.index, lost)
         self.num_clips = len(self.clips)
         self.num_validation_clips = len(self.held_out)
         self.hours = float(self.index.seconds[self.clips].sum(dtype=np.float64)) / 3600
+        self.bad_clips = BadClips(self.run_dir, len(self.index), len(chosen), max_bad_fraction, max_bad_in_a_row)
+        self._list_lost(lost[np.isin(lost, chosen)])
 
     def train_loader(
         self,
@@ -126,7 +133,8 @@ class ShardData:
             self._dataset(crop_samples, self.num_workers),
             Requests(sampler, self.index, self.clips, seed),
             num_workers=self.num_workers,
-            bad_clips=self._bad_clips(rank),
+            bad_clips=self._ledger_of(rank, world_size),
+            timeout_seconds=self.timeout_seconds,
         )
 
     def validation_loader(self, *, rank: int, world_size: int, crop_samples: int | None = None) -> Loader | None:
@@ -141,7 +149,8 @@ class ShardData:
             self._dataset(crop_samples, num_workers),
             Requests(sampler, self.index, self.held_out, None),
             num_workers=num_workers,
-            bad_clips=self._bad_clips(rank),
+            bad_clips=self._ledger_of(rank, world_size),
+            timeout_seconds=self.timeout_seconds,
             is_iterated_often=True,
         )
 
@@ -186,9 +195,25 @@ class ShardData:
             cache_bytes=self.cache_bytes // max(1, num_workers),
         )
 
-    def _bad_clips(self, rank: int) -> BadClips:
-        name = "bad_clips.csv" if rank == 0 else f"bad_clips_rank{rank}.csv"
-        return BadClips(None if self.run_dir is None else self.run_dir / name)
+    def _list_lost(self, lost: np.ndarray) -> None:
+        """Account for clips that are gone with their shards, before anything is trained."""
+        index = self.index
+        self.bad_clips.lose((i, Entry(index.key(i), str(index.shard_path(i)), index.lost[i])) for i in lost.tolist())
+        if len(lost):
+            shards = len(np.unique(index.shard[lost]))
+            log.warning("%d clips are lost with %d damaged shards: %s", len(lost), shards, self.bad_clips.path)
+        if not self.num_clips:
+            raise UserError(f"0 clips to train on are left of {self.bad_clips.num_clips}: the rest is held out or lost")
+
+    def _ledger_of(self, rank: int, world_size: int) -> BadClips:
+        self.bad_clips.at_rank(rank, world_size)
+        return self.bad_clips
+
+
+def _check_ranges(given: dict[str, float | None]) -> None:
+    for name, value in given.items():
+        if value is not None and value < (least := AT_LEAST.get(name, 0)):
+            raise UserError(f"data.{name}={value}: must be {least:g} or more")
 
 
 def _hold_out(index: Index, chosen: np.ndarray, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,6 +225,17 @@ def _hold_out(index: Index, chosen: np.ndarray, num_clips: int) -> tuple[np.ndar
     is_held_out = np.zeros(len(chosen), bool)
     is_held_out[np.argsort(hashes, kind="stable")[:num_clips]] = True
     return chosen[~is_held_out], chosen[is_held_out]
+
+
+def _without(clips: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    return clips[~np.isin(clips, lost)] if len(lost) else clips
+
+
+def _hash_of(index: Index, lost: np.ndarray) -> str:
+    """Hash what can be trained on: a run whose shards come back is not the same run, its order being another."""
+    if not len(lost):
+        return index.corpus_hash
+    return hashlib.sha256(index.corpus_hash.encode() + lost.astype("<i8").tobytes()).hexdigest()
 
 
 def _common_rate(index: Index, clips: np.ndarray) -> int | None:

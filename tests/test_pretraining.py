@@ -36,7 +36,8 @@ def module_for(data, max_steps, *, batch_size=4, **changes):
 def demo_data(batch_size=4):
     return ShardData(
         shards=str(ROOT / "demo" / "shards"), rate_hz=16000, batch_size=batch_size, num_workers=0, crop_seconds=0.7,
-        padding="cyclic", validation_clips=0, split="train", cache_mb=0, mean=-8.0, std=5.0, default_rate_hz=16000,
+        padding="cyclic", validation_clips=0, split="train", cache_mb=0, damaged_shards="stop", max_bad_fraction=0.01,
+        max_bad_in_a_row=100, timeout_seconds=180.0, mean=-8.0, std=5.0, default_rate_hz=16000,
         run_dir=None,
     )  # fmt: skip
 

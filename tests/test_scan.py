@@ -108,7 +108,8 @@ def test_the_five_kinds_of_damaged_tar_are_found_and_named(tmp_path, how, capsys
     path.write_bytes(data[: {**ends, "to nothing": 0}.get(how, len(data))])
     reason, num_whole = CUTS[how]
     assert index(tmp_path) == 1
-    assert keys(tmp_path) == ["a", "b"][:num_whole] + ["e"]
+    after = ["d"] if how == "in the middle" else []  # what follows a damaged header is found again
+    assert keys(tmp_path) == ["a", "b"][:num_whole] + after + ["e"]
     assert reason in reasons(tmp_path)[""]
     printed = capsys.readouterr()
     assert f"bad.tar: {reason}" in printed.out + printed.err

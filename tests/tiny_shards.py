@@ -56,6 +56,7 @@ def clip(key: str, data: bytes, frames: int, extension: str = "flac", rate_hz: i
 
 def data_of(shards: str, **changes) -> ShardData:
     settings = dict(rate_hz=None, batch_size=4, num_workers=0, crop_seconds=0.1, padding="cyclic", validation_clips=0)
+    settings |= dict(damaged_shards="stop", max_bad_fraction=1.0, max_bad_in_a_row=100, timeout_seconds=180.0)
     settings |= dict(split=None, cache_mb=0, mean=0.0, std=1.0, default_rate_hz=16000, run_dir=None)
     return ShardData(shards=shards, **{**settings, **changes})
 
