@@ -28,8 +28,9 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.noise import mix_seed
 from audiossl.order import FixedSampler, StepSampler
+from audiossl.watch import Watch
 
-KILL_SECONDS = 3.0  # that workers have to end when asked
+GRACE_SECONDS = 1.0  # before workers that keep the trainer waiting are killed
 POLL_SECONDS = 5  # how soon a dead worker is noticed
 FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
@@ -108,33 +109,39 @@ class Loader:
         assert not state
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
-        number = self.loader.batch_sampler.first
+        batches, requests = iter(self.loader), self.loader.batch_sampler
+        number = requests.first
+        watch = Watch(batches._workers if self.loader.num_workers else [])
         try:
-            while (batch := self._next(batches, number)) is not None:
-                requests = self.loader.batch_sampler
+            while (batch := self._next(batches, number, watch)) is not None:
                 self.bad_clips.add(batch, requests.clips_of(number), is_training=requests.seed is not None)
                 yield batch
                 number += 1
         except Exception:
             # the traceback keeps `batches` alive, and workers that end only when it is collected take seconds each
             if self.loader.num_workers:
-                _end(batches)
+                with watch.limit(GRACE_SECONDS):
+                    batches._shutdown_workers()
             raise
+        finally:
+            watch.end()
 
-    def _next(self, batches: Iterator[Batch], number: int) -> Batch | None:
+    def _next(self, batches: Iterator[Batch], number: int, watch: Watch) -> Batch | None:
         deadline = time.monotonic() + self.timeout_seconds
         while True:
             try:
-                return next(batches, None)
+                with watch.limit(deadline + GRACE_SECONDS - time.monotonic()):
+                    return next(batches, None)
             except UserError as error:  # raised in a worker: torch wraps it in the worker's traceback
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
             except (OSError, EOFError) as error:  # it died while it handed over a batch
+                if watch.has_killed:
+                    raise self._explained(RuntimeError("timed out"), number) from error
                 raise self._explained(RuntimeError(f"a worker exited unexpectedly ({error!r})"), number) from error
             except RuntimeError as error:
                 if "timed out" in str(error) and time.monotonic() < deadline:
                     continue  # it only looked whether all workers are alive
-                raise self._explained(error, number) from error
+                raise self._explained(RuntimeError("timed out") if watch.has_killed else error, number) from error
 
     def _explained(self, error: RuntimeError, number: int) -> Exception:
         if "exited unexpectedly" in str(error):
@@ -184,18 +191,6 @@ def make_loader(
         timeout_seconds=timeout_seconds,
         bad_clips=bad_clips,
     )
-
-
-def _end(batches: Iterator[Batch]) -> None:
-    """Stop the workers; one that does not hear (stopped, or deep in a file system that is away) is killed.
-
-    Python waits at its exit for every process it has started, so a worker that stays would keep the run from ending.
-    """
-    killer = threading.Timer(KILL_SECONDS, lambda: [worker.kill() for worker in batches._workers])
-    killer.daemon = True
-    killer.start()
-    batches._shutdown_workers()
-    killer.cancel()
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from audiossl.audio import AudioError, extension_of, probe
 from audiossl.errors import UserError
-from audiossl.indexfile import sha256_of, write_index, write_whole
+from audiossl.index import Index
+from audiossl.indexfile import read_index, sha256_of, write_index, write_whole
 from audiossl.packwriter import counted, num_cores
 from audiossl.shardpaths import INDEX_NAME, common_folder, expand
 from audiossl.tarfiles import Damage, Member, Oddity, TarDamage, walk
@@ -44,7 +45,8 @@ def index_shards(pattern: str, out: Path | None = None) -> int:
         raise UserError(f"--out {out}: its folder does not exist")
     left_out: list[tuple[str, str, str]] = []
     damaged: list[str] = []
-    found = _unique(_scan_all(shards), out.parent, left_out, damaged)
+    before, owners = _index_before(out), {}
+    found = _unique(_scan_all(shards), out.parent, owners, left_out, damaged)
     part = out.with_name(f"{out.name}.new")
     meta = write_index(part, found)
     num_clips = meta["counts"]["clips"]
@@ -52,6 +54,9 @@ def index_shards(pattern: str, out: Path | None = None) -> int:
         part.unlink()
         raise UserError(f"0 samples with audio in the {len(shards)} shards of {pattern}; {_first(left_out)}")
     os.replace(part, out)
+    if before is not None and (gone := _gone(before, set(shards), owners)):
+        left_out += gone
+        print(f"{'gone':<12}{len(gone)} of the {len(before)} clips of the index before")
     if left_out:
         table = io.StringIO(newline="")
         csv.writer(table, lineterminator="\n").writerows([("shard", "key", "reason"), *left_out])
@@ -110,9 +115,26 @@ def _scan_all(shards: list[Path]) -> Iterator[dict]:
             yield from counted(pool.map(scan_shard, shards), bar)
 
 
-def _unique(results: Iterator[dict], folder: Path, left_out: list, damaged: list) -> Iterator[dict]:
+def _index_before(out: Path) -> Index | None:
+    """Read the index that is about to be replaced; None where there is none that can be read."""
+    try:
+        columns, meta = read_index(out)
+    except (UserError, OSError):
+        return None
+    return Index(columns=columns, meta=meta, path=out)
+
+
+def _gone(before: Index, shards: set[Path], owners: dict[str, Path]) -> list[tuple[str, str, str]]:
+    """List the clips that an index had and that are in no shard any more; what was not looked at is not missed."""
+    is_looked_at = [path in shards or not path.exists() for path in before.shards]
+    missed = (i for i in range(len(before)) if is_looked_at[before.shard[i]] and before.key(i) not in owners)
+    return [(before.shard_path(i).name, before.key(i), "gone: it was in the index before") for i in missed]
+
+
+def _unique(
+    results: Iterator[dict], folder: Path, owners: dict[str, Path], left_out: list, damaged: list
+) -> Iterator[dict]:
     """Name each shard relative to `folder`, leave out keys seen before, and print one line for each reason."""
-    owners: dict[str, Path] = {}
     for shard in results:
         path, rows = shard["path"], []
         for row in shard["rows"]:
