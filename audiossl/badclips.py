@@ -109,13 +109,12 @@ class BadClips:
         if num_bad == 0:
             return None
         if num_bad >= self.num_clips:
-            return (
-                f"0 samples from {self._num_shards()} shards: none of the {num_bad} clips could be read{self._tail()}"
-            )
+            shards = {entry.shard for entries in (self.lost, self.bad) for entry in entries.values()}
+            return f"0 samples from {len(shards)} shards: none of the {num_bad} clips could be read{self._tail()}"
         num_visited = self._num_visited() if num_bad > EARLY_BAD else 0
         is_hopeless = num_bad > EARLY_BAD and num_bad > EARLY_TIMES * self.max_fraction * num_visited
         if num_bad > self.max_fraction * self.num_clips or is_hopeless:
-            met = f", {num_visited} of them met so far" if is_hopeless else ""
+            met = f", {num_visited} of them met so far," if is_hopeless else ""
             return (
                 f"{num_bad} of {self.num_clips} clips{met} could not be read, more than the limit of "
                 f"{self.max_fraction:.3g}{self._tail()}"
