@@ -197,7 +197,11 @@ def _state_of(path: Path) -> str:
         return "missing"
     if not path.is_file():
         return "no file"
-    return "" if os.access(path, os.R_OK) else "not readable"
+    try:
+        os.close(os.open(path, os.O_RDONLY))  # access(2) asks for another user than open(2), and file servers differ
+    except OSError:
+        return "not readable"
+    return ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
