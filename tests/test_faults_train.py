@@ -13,7 +13,7 @@ import pytest
 from commands import TINY, environment, start, train
 from conftest import ROOT
 from damaged import damage, write_folder
-from test_loader import descendants, processes, workers
+from processes import descendants, processes, workers
 from tiny_shards import audio, clip, noise, write_shards
 
 
@@ -120,20 +120,36 @@ def test_a_shard_deleted_in_the_middle_of_an_epoch_ends_both_ranks_with_its_name
     assert "cannot be read: No such file or directory; bring it back and resume" in output
 
 
-def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_hang_on(tmp_path):
-    """D9, F28: stopped altogether, it neither answers nor hears."""
-    shards = small_shards(tmp_path / "s", 2)
-    more = ["data.num_workers=1", "data.timeout_seconds=5", "trainer.max_steps=100000"]
-    process = start(*settings(shards, "run", *more), cwd=tmp_path)
-    wait_for_steps(process, tmp_path / "run", 3)
+def run_with_a_worker_signalled(folder: Path, name: str) -> tuple[list[str], str, float]:
+    """Signal the worker of a run under way; returns its arguments, what it printed, and how long it took to end."""
+    shards = small_shards(folder / "s", 2)
+    arguments = settings(shards, "run", "data.num_workers=1", "data.timeout_seconds=5", "checkpoint.every_steps=2")
+    process = start(*arguments, "trainer.max_steps=100000", cwd=folder)
+    wait_for_steps(process, folder / "run", 3)
     (worker,) = workers(process.pid)
-    os.kill(worker, signal.SIGSTOP)
+    os.kill(worker, signal.Signals[name])
     started = time.monotonic()
     output = ends_within(process, 60)
-    assert time.monotonic() - started < 5 + 10
-    assert process.returncode == 2
-    assert "no batch within 5 s: a worker hangs reading one of" in output and "shard-000000.tar" in output
+    assert process.returncode == 2, output[-4000:]
     assert worker not in processes()
+    return arguments, output, time.monotonic() - started
+
+
+def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_hang_on(tmp_path):
+    """D9, F28: stopped altogether, it neither answers nor hears."""
+    _, output, seconds = run_with_a_worker_signalled(tmp_path, "SIGSTOP")
+    assert seconds < 5 + 10
+    assert "no batch within 5 s: a worker hangs reading one of" in output and "shard-000000.tar" in output
+
+
+def test_a_run_whose_worker_was_killed_says_so_and_goes_on_where_it_was(tmp_path):
+    """D14."""
+    arguments, output, seconds = run_with_a_worker_signalled(tmp_path, "SIGKILL")
+    assert seconds < 15
+    assert "exited unexpectedly" in output and "data.num_workers" in output and "ckpt=last" in output
+    step = max(int(path.stem.partition("=")[2]) for path in (tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))
+    output = train(*arguments, "ckpt=last", f"trainer.max_steps={step + 2}", cwd=tmp_path)
+    assert f"{(step + 2) * 4} crops = {(step + 2) * 4} trained + 0 skipped" in output
 
 
 def test_a_corpus_without_one_readable_clip_ends_in_one_line(tmp_path):
