@@ -12,6 +12,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from audiossl.batch import Batch, Skipped
 from audiossl.errors import UserError
 from audiossl.remote import RemoteShard
 from audiossl.shardcache import mark_used
+from audiossl.tarfiles import read_member
 
 Padding = Literal["cyclic", "zeros"]
 MAX_OPEN_SHARDS = 32
@@ -29,6 +31,8 @@ MARK_SECONDS = 5.0  # how often a shard that is read is marked as used
 SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
 MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
+MAX_CLIP_BYTES = 2**30  # of encoded audio
+MAX_CACHED_FRAMES = 2**23  # of one clip: a tiny file may decode to hours
 DRAW_BITS = 63  # of a request's `draw`
 
 
@@ -38,6 +42,7 @@ class ClipRequest(NamedTuple):
     row: int
     draw: int | None
     key: str
+    member: str  # its name in the tar
     shard: str
     offset: int
     size: int
@@ -131,7 +136,7 @@ class ClipDataset(torch.utils.data.Dataset):
         place = (request.shard, request.offset)
         if place in self._cache:
             return self._cache[place][start : start + wanted]
-        data = self._shards.read(request.shard, request.offset, request.size)
+        data = self._data(request)
         if 2 * request.num_frames <= self._room and (whole := _whole(data, request)) is not None:
             self._cache[place] = whole
             self._room -= whole.nbytes
@@ -142,10 +147,16 @@ class ClipDataset(torch.utils.data.Dataset):
             self._complete.add(place)
         return waveform
 
+    def _data(self, request: ClipRequest) -> bytes:
+        """Read a clip's bytes together with the tar header before them, which has to bear the clip's name."""
+        if request.size > MAX_CLIP_BYTES:
+            raise AudioError(f"{request.size} bytes, more than the limit of {MAX_CLIP_BYTES}")
+        return read_member(partial(self._shards.read, request.shard), request.member, request.offset, request.size)
+
 
 def _whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
     """Decode a clip to keep it; None for a damaged one, because damage outside the crop must not count only here."""
-    if _is_long(request):
+    if _is_long(request) or request.num_frames > MAX_CACHED_FRAMES:
         return None
     try:
         return _decoded(data, 0, request.num_frames, request)

@@ -40,14 +40,16 @@ class Corpus:
     """Hold the clips of a run: `pools[i]` (clips of `index`, ascending) are those of `names[i]` to train on.
 
     `shares` adds up to 1. One corpus of its own has the name "". `held_out` are clips of `index`. `hash` (hex) changes
-    with any byte of any shard, and in a mixture with any name, split, share or fraction. `rates_hz` are those of the
-    clips before the fraction was taken.
+    with any byte of any shard, with what is lost, and in a mixture with any name, split, share or fraction. `rates_hz`
+    are those of the clips before the fraction was taken. `lost` are clips that would be in a pool or held out, were
+    their shards whole.
     """
 
     index: Index
     names: list[str]
     pools: list[np.ndarray]
     held_out: np.ndarray
+    lost: np.ndarray
     shares: list[float]
     rates_hz: list[int]
     hash: str
@@ -71,6 +73,7 @@ def load_corpus(
     fraction_by: Literal["random", "class"],
     fraction_seed: int,
     validation_clips: int,
+    damaged_shards: Literal["stop", "skip"],
     cache: ShardCache,
 ) -> Corpus:
     """Load the indexes and choose clips; what each setting means is said in `shards.ShardData`.
@@ -79,7 +82,9 @@ def load_corpus(
     are, and a fraction of nothing.
     """
     entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
-    indexes = {name: Index.load(source.shards, cache=cache) for name, source in entries.items()}
+    indexes = {
+        name: Index.load(source.shards, damaged_shards=damaged_shards, cache=cache) for name, source in entries.items()
+    }
     for index, source in zip(indexes.values(), entries.values(), strict=True):
         if len(index) == 0:
             raise UserError(f"data.shards={source.shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
@@ -101,6 +106,8 @@ def load_corpus(
     weights = [float(len(pool)) for pool in pools] if None in weights else weights
     shares = [weight / sum(weights) for weight in weights]
     rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
+    gone = [np.intersect1d(np.fromiter(index.lost, np.int64), np.concatenate([pool, held]))
+            for index, pool, held in zip(indexes.values(), pools, held_out, strict=True)]  # fmt: skip
     index, corpus_hash = indexes.get(""), ""
     if sources:
         said = [
@@ -111,11 +118,18 @@ def load_corpus(
         index = JoinedIndex(indexes)
         pools = [clips + first for clips, first in zip(pools, index.firsts, strict=True)]
         held_out = [clips + first for clips, first in zip(held_out, index.firsts, strict=True)]
+        gone = [clips + first for clips, first in zip(gone, index.firsts, strict=True)]
+    lost = np.concatenate(gone)
+    if len(lost):  # a run whose shards come back is not the same run, its order being another
+        corpus_hash = hashlib.sha256(
+            (corpus_hash or index.corpus_hash).encode() + lost.astype("<i8").tobytes()
+        ).hexdigest()
     return Corpus(
         index=index,
         names=list(entries),
-        pools=pools,
-        held_out=np.concatenate(held_out),
+        pools=[np.setdiff1d(pool, lost, assume_unique=True) for pool in pools],
+        held_out=np.setdiff1d(np.concatenate(held_out), lost, assume_unique=True),
+        lost=lost,
         shares=shares,
         rates_hz=np.unique(np.concatenate(rates)).tolist(),
         hash=corpus_hash or index.corpus_hash,

@@ -11,7 +11,9 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +22,9 @@ from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
 from audiossl.remote import RemoteShard, find_remote_index, locate
 from audiossl.shardcache import ShardCache
-from audiossl.shardpaths import find_index, index_command, is_remote
+from audiossl.shardpaths import find_index, index_command, is_remote, means
+from audiossl.shardstate import problem_of, state_of
+from audiossl.tarfiles import read_member
 
 
 class Index:
@@ -50,15 +54,24 @@ class Index:
         self.shard, self.offset, self.size = columns["shard"], columns["offset"], columns["size"]
         self.num_frames, self.seconds = columns["num_frames"], columns["seconds"]
         self.rate_hz, self.channels, self.fold = columns["rate_hz"], columns["channels"], columns["fold"]
+        self.lost: dict[int, str] = {}  # clips that cannot be in their shards as these are, and why
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, cache: ShardCache | None = None) -> "Index":
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        damaged_shards: Literal["stop", "skip"] = "stop",
+        cache: ShardCache | None = None,
+    ) -> "Index":
         """Load the index of a folder, an index file, or the shards a glob names (`DIR/shard-{000000..000003}.tar`).
 
         All of these may be `https://` or `s3://`; what is downloaded goes into `cache`, the user's by default.
 
-        A glob of some of the shards selects their clips. Raises UserError for a glob that matches nothing, shards
-        without an index, a shard that is missing or has another size than the index says, and a damaged index.
+        A glob of some of the shards selects their clips; a shard in the index that it would match, were it there, is
+        missing. Raises UserError for a glob that matches nothing, shards without an index, a damaged index, and
+        ("stop") a shard that is missing, cannot be read or has another size than the index says. With "skip" such a
+        shard's clips that cannot be there are in `lost`, and everything else stays as it is.
         """
         path, cache, base = os.fspath(path), cache or ShardCache.of(None, None), None
         if is_remote(path):
@@ -68,8 +81,17 @@ class Index:
         columns, meta = read_index(index_path)
         index = cls(columns=columns, meta=meta, path=index_path, base=base, cache=cache)
         if wanted is not None:
-            index = index._restrict([str(shard) for shard in wanted], path)
-        index._check_shards()
+            shards = [str(shard) for shard in wanted]
+            if not is_remote(path):
+                there = set(shards)
+                shards += [str(shard) for shard in index.shards if str(shard) not in there and means(path, shard)]
+            index = index._restrict(shards, path)
+        problems = list(map(problem_of, index.shards, index.meta["shards"]))
+        if damaged_shards == "stop" and (worded := next(filter(None, problems), None)):
+            raise UserError(f"{worded[0]} ({index.path}); {worded[2]}")
+        for number, problem in enumerate(problems):
+            if problem is not None:
+                index._lose(number, problem[1], index.shards[number])
         return index
 
     def __len__(self) -> int:
@@ -87,10 +109,6 @@ class Index:
     def member_key(self, i: int) -> str:
         """Return the key of clip `i` as its shard has it."""
         return self.key(i)
-
-    def column(self, name: str) -> np.ndarray:
-        """Return a column as `indexfile` stores it."""
-        return self._columns[name]
 
     def key_spans(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find the keys of many clips at once: UTF-8 bytes of all keys, and where in them each begins and ends."""
@@ -124,10 +142,10 @@ class Index:
         return None if code < 0 else self.splits[code]
 
     def read(self, i: int) -> bytes:
-        """Read the encoded audio of clip `i`."""
+        """Read the encoded audio of clip `i`; raises AudioError where the shard holds another in its place."""
         with open(self.shard_path(i), "rb") as shard:
-            shard.seek(int(self.offset[i]))
-            return shard.read(int(self.size[i]))
+            name = f"{self.member_key(i)}.{self.extension(i)}"
+            return read_member(partial(_pread, shard.fileno()), name, int(self.offset[i]), int(self.size[i]))
 
     def read_meta(self, i: int) -> dict:
         """Read the JSON member after clip `i`'s audio, {} where there is none; for some clips, not for each of many."""
@@ -188,19 +206,16 @@ class Index:
         meta = {**self.meta, "shards": [self.meta["shards"][i] for i in chosen]}
         return Index(columns=columns, meta=meta, path=self.path, base=self._base, cache=self._cache)
 
-    def _check_shards(self) -> None:
-        for path, shard in zip(self.shards, self.meta["shards"], strict=True):
-            if isinstance(path, RemoteShard):
-                continue  # checked when it comes
-            if not path.is_file():
-                raise UserError(f"shard {path} is missing or no file (it is listed in {self.path})")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"shard {path} may not be read; see its permissions")
-            if (size := path.stat().st_size) != shard["bytes"]:
-                raise UserError(
-                    f"shard {path} has {size} bytes where {self.path} says {shard['bytes']}: cut or replaced; fetch or "
-                    f"pack it again, or index what is there: {index_command(str(path.parent / '*.tar'))}"
-                )
+    def _lose(self, shard: int, num_bytes: int, path: Path) -> None:
+        """Note the clips of a shard that do not lie within its first `num_bytes`."""
+        reason = f"its shard ends at byte {num_bytes}" if num_bytes else f"its shard is {state_of(path)}"
+        ends = self.offset + self.size
+        for i in np.flatnonzero((self.shard == shard) & (ends > num_bytes)).tolist():
+            self.lost[i] = reason
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    return os.pread(descriptor, size, offset)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,12 +224,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "also at https:// and s3://")  # fmt: skip
     parser.add_argument("--out", type=Path, help="the index, or a folder for it (default: index.safetensors in the "
                         "shards' common folder; remote shards need one)")  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="compare every byte with the index that is there")
     parser.add_argument("--cache-dir", type=Path, help="remote shards: where they are kept (default: the user's cache)")
     parser.add_argument("--cache-gb", type=float, help="remote shards: how much of them is kept (default: 50)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Index a stranger's shards; return 1 when over 1 % of the samples, or the end of a shard, were left out."""
+    """Index a stranger's shards; return 1 when over 1 % of the samples, or part of a shard, were left out."""
+    if args.verify:
+        index = Index.load(args.out or args.shards)
+        index.verify()
+        print(f"{len(index.shards)} shards with {len(index)} clips are as {index.path} says, byte for byte")
+        return 0
     from audiossl.scan import index_shards  # the loader's workers import this module and need none of that
 
     return index_shards(args.shards, args.out, ShardCache.of(args.cache_dir, args.cache_gb))

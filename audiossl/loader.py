@@ -29,9 +29,10 @@ from audiossl.index import Index
 from audiossl.noise import mix_seed
 from audiossl.order import FixedSampler, StepSampler
 from audiossl.prefetch import Downloads
+from audiossl.watch import Watch
 
+GRACE_SECONDS = 1.0  # before workers that keep the trainer waiting are killed
 POLL_SECONDS = 5  # how soon a dead worker is noticed
-TIMEOUT_SECONDS = 180.0  # longer than a network file system stalls, shorter than a night
 FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -60,6 +61,7 @@ class Requests:
             row=row,
             draw=None if self.seed is None else mix_seed(self.seed, "crop", turn, clip),
             key=self.index.key(i),
+            member=f"{self.index.member_key(i)}.{self.index.extension(i)}",
             shard=self.shards[self.index.shard[i]],
             offset=int(self.index.offset[i]),
             size=int(self.index.size[i]),
@@ -67,6 +69,10 @@ class Requests:
             rate_hz=int(self.index.rate_hz[i]),
             extension=self.index.extension(i),
         )
+
+    def clips_of(self, number: int) -> dict[int, int]:
+        """Map the rows of micro-batch `number` to the index's clips."""
+        return {row: int(self.clips[clip]) for row, _, clip in self.sampler.batch(number)}
 
     @property
     def first(self) -> int:
@@ -108,13 +114,14 @@ class Loader:
         assert not state
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
-        number = self.loader.batch_sampler.first
+        batches, requests = iter(self.loader), self.loader.batch_sampler
+        number = requests.first
+        watch = Watch(batches._workers if self.loader.num_workers else [])
         if self.downloads is not None:
             self.downloads.start(number)
         try:
-            while (batch := self._next(batches, number)) is not None:
-                self.bad_clips.add(batch)
+            while (batch := self._next(batches, number, watch)) is not None:
+                self.bad_clips.add(batch, requests.clips_of(number), is_training=requests.seed is not None)
                 yield batch
                 number += 1
                 if self.downloads is not None:
@@ -122,20 +129,25 @@ class Loader:
         except Exception:
             # the traceback keeps `batches` alive, and workers that end only when it is collected take seconds each
             if self.loader.num_workers:
-                batches._shutdown_workers()
+                with watch.limit(GRACE_SECONDS):
+                    batches._shutdown_workers()
             raise
         finally:
+            watch.end()
             if self.downloads is not None:
                 self.downloads.stop()
 
-    def _next(self, batches: Iterator[Batch], number: int) -> Batch | None:
+    def _next(self, batches: Iterator[Batch], number: int, watch: Watch) -> Batch | None:
         deadline = time.monotonic() + self.timeout_seconds
         while True:
             try:
-                return next(batches, None)
+                with watch.limit(deadline + GRACE_SECONDS - time.monotonic()):
+                    return next(batches, None)
             except UserError as error:  # raised in a worker: torch wraps it in the worker's traceback
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
             except (OSError, EOFError) as error:  # it died while it handed over a batch
+                if watch.has_killed:
+                    raise self._explained(RuntimeError("timed out"), number) from error
                 raise self._explained(RuntimeError(f"a worker exited unexpectedly ({error!r})"), number) from error
             except RuntimeError as error:
                 if "timed out" in str(error):
@@ -143,7 +155,7 @@ class Loader:
                         deadline = time.monotonic() + self.timeout_seconds
                     if time.monotonic() < deadline:
                         continue  # it only looked whether all workers are alive
-                raise self._explained(error, number) from error
+                raise self._explained(RuntimeError("timed out") if watch.has_killed else error, number) from error
 
     def _explained(self, error: RuntimeError, number: int) -> Exception:
         if "exited unexpectedly" in str(error):
@@ -166,7 +178,7 @@ def make_loader(
     *,
     num_workers: int,
     bad_clips: BadClips,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    timeout_seconds: float,
     prefetch: int = 4,
     is_iterated_often: bool = False,
     downloads: Downloads | None = None,

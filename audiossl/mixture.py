@@ -76,6 +76,8 @@ class JoinedIndex(Index):
         self.shards = [shard for index in parts for shard in index.shards]
         self.firsts = np.cumsum([0, *(len(index) for index in parts[:-1])]).tolist()
         self._names = list(indexes)
+        for index, first in zip(parts, self.firsts, strict=True):
+            self.lost |= {clip + first: reason for clip, reason in index.lost.items()}
         joined = "\n".join(f"{name} {index.corpus_hash}" for name, index in indexes.items())
         self.corpus_hash = hashlib.sha256(joined.encode()).hexdigest()
 

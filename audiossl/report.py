@@ -62,6 +62,23 @@ def finish(
     return results | {"scores": probe.history[max(probe.history)], "history": history, "baseline": probe.baseline}
 
 
+def reconcile(log: logging.Logger, results: dict[str, Any]) -> None:
+    """Say in one line what became of every clip of the index; the numbers add up."""
+    clips, visits = results["clips"], results["visits"]
+    parts = [f"{number} {name.replace('_', ' ')}" for name, number in list(clips.items())[1:-1] if number]
+    listed = " (listed in bad_clips*.csv)" if clips["skipped"] or clips["lost"] or clips["held_out_unreadable"] else ""
+    asked = visits["trained"] + visits["skipped"]
+    log.info(
+        "%d clips in the index = %s%s; %d crops = %d trained + %d skipped",
+        clips["in_the_index"],
+        " + ".join(parts),
+        listed,
+        asked,
+        visits["trained"],
+        visits["skipped"],
+    )
+
+
 def read_losses(path: Path) -> tuple[list[int], list[float], list[tuple[int, float]]]:
     """Read steps, training loss and (step, validation loss) pairs from a `metrics.csv`."""
     with open(path, newline="") as file:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from audiossl.audio import AudioError, extension_of, probe
 from audiossl.errors import UserError
-from audiossl.indexfile import sha256_of, write_index, write_whole
+from audiossl.index import Index
+from audiossl.indexfile import read_index, sha256_of, write_index, write_whole
 from audiossl.packwriter import counted, num_cores
 from audiossl.remote import expand_remote
 from audiossl.shardcache import ShardCache
 from audiossl.shardpaths import INDEX_NAME, common_folder, expand, is_remote
-from audiossl.tarfiles import Member, Oddity, TarDamage, walk
+from audiossl.tarfiles import Damage, Member, Oddity, TarDamage, walk
 
 MAX_LEFT_OUT = 0.01
 MAX_AUDIO_BYTES = 2**28
@@ -53,7 +54,8 @@ def index_shards(pattern: str, out: Path | None = None, cache: ShardCache | None
         raise UserError(f"--out {out}: its folder does not exist")
     left_out: list[tuple[str, str, str]] = []
     damaged: list[str] = []
-    found = _unique(scanned, out.parent, left_out, damaged)
+    before, owners = _index_before(out), {}
+    found = _unique(scanned, out.parent, owners, left_out, damaged)
     part = out.with_name(f"{out.name}.new")
     meta = write_index(part, found)
     num_clips = meta["counts"]["clips"]
@@ -61,6 +63,9 @@ def index_shards(pattern: str, out: Path | None = None, cache: ShardCache | None
         part.unlink()
         raise UserError(f"0 samples with audio in the {len(shards)} shards of {pattern}; {_first(left_out)}")
     os.replace(part, out)
+    if before is not None and (gone := _gone(before, set(shards), owners)):
+        left_out += gone
+        print(f"{'gone':<12}{len(gone)} of the {len(before)} clips of the index before")
     if left_out:
         table = io.StringIO(newline="")
         csv.writer(table, lineterminator="\n").writerows([("shard", "key", "reason"), *left_out])
@@ -77,6 +82,10 @@ def scan_shard(path: Path) -> dict:
     left_out, damage, repeated = [], None, set()
     try:
         for member in walk(path):
+            if isinstance(member, Damage):
+                damage = damage or member.reason
+                left_out.append(("", member.reason))
+                continue
             if isinstance(member, Oddity):
                 left_out.append((member.name, member.reason))
                 continue
@@ -130,9 +139,29 @@ def _remote(pattern: str, out: Path | None, cache: ShardCache) -> tuple[list[str
     return urls, scanned()
 
 
-def _unique(results: Iterator[dict], folder: Path, left_out: list, damaged: list) -> Iterator[dict]:
+def _index_before(out: Path) -> Index | None:
+    """Read the index that is about to be replaced; None where there is none that can be read."""
+    try:
+        columns, meta = read_index(out)
+    except (UserError, OSError):
+        return None
+    return Index(columns=columns, meta=meta, path=out)
+
+
+def _gone(before: Index, shards: Iterable[str | Path], owners: dict[str, str]) -> list[tuple[str, str, str]]:
+    """List the clips that an index had and that are in no shard any more; what was not looked at is not missed."""
+    looked_at = set(map(str, shards))
+    is_looked_at = [
+        str(shard) in looked_at or (isinstance(shard, Path) and not shard.exists()) for shard in before.shards
+    ]
+    missed = (i for i in range(len(before)) if is_looked_at[before.shard[i]] and before.key(i) not in owners)
+    return [(before.shard_path(i).name, before.key(i), "gone: it was in the index before") for i in missed]
+
+
+def _unique(
+    results: Iterator[dict], folder: Path, owners: dict[str, str], left_out: list, damaged: list
+) -> Iterator[dict]:
     """Name each shard relative to `folder`, leave out keys seen before, and print one line for each reason."""
-    owners: dict[str, str] = {}
     for shard in results:
         path, rows = shard.get("url") or str(shard["path"]), []
         name = shard.get("url") or os.path.relpath(path, folder)

@@ -4,6 +4,7 @@ Local paths, `https://` and `s3://` only, and never a shell: `*`, `?`, `[]` and 
 `{000000..000007}` and `{a,b}`. A URL holds no secret, because it is written down with the run.
 """
 
+import fnmatch
 import glob as globbing
 import os
 import re
@@ -92,6 +93,13 @@ def refuse_scheme(name: str, where: str = "") -> None:
 def without_secrets(address: str) -> str:
     """Cut query and password out of a URL, to show it."""
     return re.sub(r"(?<=://)[^/@]*@", "***@", re.sub(r"[?#].*", "?***", address)) if "://" in address else address
+
+
+def means(pattern: str, shard: Path) -> bool:
+    """Tell whether a glob would match a shard if it were there (`**` means one folder)."""
+    wanted = [Path(os.path.abspath(name)).parts for name in expand_braces(pattern)]
+    parts = shard.parts
+    return any(len(name) == len(parts) and all(map(fnmatch.fnmatchcase, parts, name)) for name in wanted)
 
 
 def common_folder(shards: list[Path]) -> Path:

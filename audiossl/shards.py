@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from audiossl.audio import AudioError, decode, resample
-from audiossl.badclips import BadClips
+from audiossl.badclips import BadClips, Entry
 from audiossl.clips import ClipDataset
 from audiossl.corpus import Source, load_corpus
 from audiossl.drawing import Drawing
 from audiossl.errors import UserError
+from audiossl.examples import NUM_CONSIDERED, pick
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, Order, StepSampler
 from audiossl.prefetch import Downloads, check_room, remote_shards
@@ -29,7 +29,8 @@ from audiossl.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
 
-MAX_EXAMPLE_SECONDS = 30.0
+AT_LEAST = {"batch_size": 1, "rate_hz": 1, "max_bad_in_a_row": 1, "timeout_seconds": 1}  # else 0
+AT_LEAST |= {"crop_seconds": 1e-4, "cache_gb": 1e-6}
 
 
 class ShardData:
@@ -55,12 +56,16 @@ class ShardData:
     - cache_mb: decoded audio to keep, shared out among the workers.
     - cache_dir: where remote shards are downloaded to, null for the user's cache folder; cache_gb: so much of them is
       kept, by all runs together.
+    - damaged_shards: "stop" where a shard is missing or has another size than the index says, or "skip" its clips.
+    - max_bad_fraction: of the corpus, and max_bad_in_a_row: clips skipped before the run stops (`badclips.py`).
+    - timeout_seconds: to wait for a batch before a worker is taken to hang; without workers nothing can watch.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
 
     Attributes: index, clips and held_out (arrays of clips of the index), rate_hz, corpus_hash, num_clips,
-    num_validation_clips, clips_per_epoch, hours. Raises UserError for shards that are missing or without an index, an
-    unknown split, values out of range, and settings that contradict each other or the clips that are there.
+    num_validation_clips, clips_per_epoch, hours, bad_clips (this rank's ledger). Raises UserError for shards that are
+    missing or without an index, an unknown split, values out of range, and settings that contradict each other or the
+    clips that are there.
     """
 
     def __init__(
@@ -87,26 +92,28 @@ class ShardData:
         cache_mb: int,
         cache_dir: str | None,
         cache_gb: float,
+        damaged_shards: Literal["stop", "skip"],
+        max_bad_fraction: float,
+        max_bad_in_a_row: int,
+        timeout_seconds: float,
         mean: float,
         std: float,
         default_rate_hz: int,
         run_dir: str | Path | None,
     ):
-        at_least = {"batch_size": (batch_size, 1), "rate_hz": (rate_hz, 1), "crop_seconds": (crop_seconds, 1e-4)}
-        at_least |= {"num_workers": (num_workers, 0), "cache_mb": (cache_mb, 0), "cache_gb": (cache_gb, 1e-6)}
-        at_least |= {"validation_clips": (validation_clips, 0)}
-        for name, (value, least) in at_least.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name}={value}: must be {least:g} or more")
+        given = dict(batch_size=batch_size, rate_hz=rate_hz, crop_seconds=crop_seconds, num_workers=num_workers)
+        given |= dict(cache_mb=cache_mb, cache_gb=cache_gb, validation_clips=validation_clips)
+        given |= dict(max_bad_fraction=max_bad_fraction, max_bad_in_a_row=max_bad_in_a_row)
+        _check_ranges(given | dict(timeout_seconds=timeout_seconds))
         drawing = dict(sampling=sampling, sampling_offset=sampling_offset, sampling_reduce=sampling_reduce)
         drawing |= dict(replacement=replacement, draws_per_epoch=draws_per_epoch, shuffle_shards=shuffle_shards)
         chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
         _check({**drawing, **chosen})
-        self.corpus = load_corpus(**chosen, cache=ShardCache.of(cache_dir, cache_gb))
+        self.corpus = load_corpus(**chosen, damaged_shards=damaged_shards, cache=ShardCache.of(cache_dir, cache_gb))
+        self.index, self.bad_clips = self.corpus.index, self._ledger(run_dir, max_bad_fraction, max_bad_in_a_row)
         self.drawing = Drawing(**drawing)
         self._weights = self.drawing.weights(self.corpus)
-        self.index = self.corpus.index
         self.clips, self.held_out = np.concatenate(self.corpus.pools), self.corpus.held_out
         self.remote = remote_shards(self.index)
         check_room(self.index, self.clips, self.held_out, shuffle_shards)
@@ -123,6 +130,7 @@ class ShardData:
         self.std = std
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self.timeout_seconds = timeout_seconds
         self.corpus_hash = self.corpus.hash
         self.num_clips = len(self.clips)
         self.num_validation_clips = len(self.held_out)
@@ -176,7 +184,8 @@ class ShardData:
             self._dataset(crop_samples, self.num_workers),
             requests,
             num_workers=self.num_workers,
-            bad_clips=self._bad_clips(rank),
+            bad_clips=self._ledger_of(rank, world_size),
+            timeout_seconds=self.timeout_seconds,
             downloads=downloads,
         )
 
@@ -193,41 +202,18 @@ class ShardData:
             self._dataset(crop_samples, num_workers),
             requests,
             num_workers=num_workers,
-            bad_clips=self._bad_clips(rank),
+            bad_clips=self._ledger_of(rank, world_size),
+            timeout_seconds=self.timeout_seconds,
             is_iterated_often=True,
             downloads=Downloads(requests, self.remote) if self.remote else None,
         )
 
     def example_clips(self, num_clips: int) -> list[tuple[str, torch.Tensor]]:
-        """Pick clips to look at, one of each kind in turn: name and waveform (S,) float32 at `default_rate_hz`.
-
-        The kind is what the clip's json says (`kind`), else its labels. From the clips held out where there are some;
-        at most 30 s of each; an unreadable clip is passed over with a line in the log.
-        """
+        """Pick clips to look at (`examples.pick`), from those held out where there are some."""
         pool = self.held_out if self.num_validation_clips else self.clips
         if self.remote:  # for a few pictures, one shard is downloaded and no more
             pool = pool[self.index.shard[pool] == self.index.shard[pool[0]]]
-        by_kind: dict[str, list[int]] = {}
-        for i in self.corpus.some_of(pool, 1000) if num_clips else []:
-            kind = self.index.read_meta(i).get("kind") or ", ".join(self.index.labels(i))
-            by_kind.setdefault(str(kind), []).append(i)
-        depth = max(map(len, by_kind.values()), default=0)
-        turns = [(k, i) for turn in range(depth) for k, clips in by_kind.items() for i in clips[turn : turn + 1]]
-        examples = []
-        for kind, i in turns:
-            if len(examples) == num_clips:
-                break
-            try:
-                examples.append((f"{kind}: {self.index.key(i)}".removeprefix(": "), self._waveform(i)))
-            except AudioError as error:
-                log.warning("%s in %s makes no picture: %s", self.index.key(i), self.index.shard_path(i), error)
-        return examples
-
-    def _waveform(self, i: int) -> torch.Tensor:
-        rate_hz = int(self.index.rate_hz[i])
-        num_frames = min(int(self.index.num_frames[i]), int(MAX_EXAMPLE_SECONDS * rate_hz))
-        waveform, rate_hz = decode(self.index.read(i), 0, num_frames)
-        return torch.from_numpy(resample(waveform, rate_hz, self.default_rate_hz))
+        return pick(self.index, self.corpus.some_of(pool, NUM_CONSIDERED), num_clips, rate_hz=self.default_rate_hz)
 
     def _dataset(self, crop_samples: int | None, num_workers: int) -> ClipDataset:
         if crop_samples is None:
@@ -242,9 +228,31 @@ class ShardData:
             remote=self.remote,
         )
 
-    def _bad_clips(self, rank: int) -> BadClips:
-        name = "bad_clips.csv" if rank == 0 else f"bad_clips_rank{rank}.csv"
-        return BadClips(None if self.run_dir is None else self.run_dir / name)
+    def _ledger(self, run_dir: str | Path | None, max_bad_fraction: float, max_bad_in_a_row: int) -> BadClips:
+        """Open this run's ledger, and list in it the clips that are gone with their shards."""
+        index, lost = self.index, self.corpus.lost
+        num_clips = sum(map(len, self.corpus.pools)) + len(self.corpus.held_out) + len(lost)
+        folder = None if run_dir is None else Path(run_dir)
+        ledger = BadClips(folder, len(index), num_clips, max_bad_fraction, max_bad_in_a_row)
+        ledger.lose((i, Entry(index.key(i), str(index.shard_path(i)), index.lost[i])) for i in lost.tolist())
+        if len(lost):
+            shards = len(np.unique(index.shard[lost]))
+            log.warning("%d clips are lost with %d damaged shards: %s", len(lost), shards, ledger.path)
+        for number, pool in enumerate(self.corpus.pools):
+            if not len(pool):
+                where = self.corpus.keys(number)
+                raise UserError(f"{where}: 0 clips to train on are left of {num_clips}: the rest is held out or lost")
+        return ledger
+
+    def _ledger_of(self, rank: int, world_size: int) -> BadClips:
+        self.bad_clips.at_rank(rank, world_size)
+        return self.bad_clips
+
+
+def _check_ranges(given: dict[str, float | None]) -> None:
+    for name, value in given.items():
+        if value is not None and value < (least := AT_LEAST.get(name, 0)):
+            raise UserError(f"data.{name}={value}: must be {least:g} or more")
 
 
 def _check(settings: dict) -> None:

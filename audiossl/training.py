@@ -27,6 +27,7 @@ from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
+from audiossl.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
 from audiossl.optim import OptimSettings
 from audiossl.preemption import Preemption
@@ -99,7 +100,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
-    callbacks = _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
+    accounts = Accounts(data.bad_clips, held_out=data.held_out)
+    callbacks = [accounts, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -110,8 +112,10 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         log.warning("stopped at step %d of %d; ckpt=last goes on", trainer.global_step, max_steps)
         raise Preempted(PREEMPTED)
     results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
+    results |= accounts.add_up()
     if trainer.is_global_zero:
         results |= report.finish(method, config, run_dir, clips, probe, trainer.global_step)
+        report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
     return results

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from frontends import NAMES, front_end
+from maes import audiomae
 from tiny_shards import RATE, audio, clip, data_of, digest, noise, train_batches, write_shards
 
+from audiossl.batch import Batch
 from audiossl.errors import UserError
+from audiossl.noise import Noise
+from audiossl.spectrogram import resample, to_float
 
 
 @pytest.mark.parametrize("extension", ["flac", "wav", "ogg", "mp3"])
@@ -58,6 +63,7 @@ ODD_CLIPS = {
 @pytest.mark.parametrize("cache_mb", [0, 64])
 @pytest.mark.parametrize("name", ODD_CLIPS)
 def test_odd_clips_become_mono_int16_of_one_rate_and_pitch(tmp_path, name, cache_mb):
+    """D12."""
     waveform, rate_hz, subtype, amplitude = ODD_CLIPS[name]
     data = audio(waveform, rate_hz, "wav", subtype)
     shards = write_shards(tmp_path / "odd", [[clip(name, data, len(waveform), "wav", rate_hz)]])
@@ -105,6 +111,7 @@ def bad_clips() -> dict[str, tuple]:
 
 @pytest.mark.parametrize(("num_workers", "cache_mb"), [(0, 0), (0, 64), (1, 0)])
 def test_bad_clips_are_left_out_and_named_and_the_run_goes_on(tmp_path, num_workers, cache_mb):
+    """D1, D2, S8."""
     good = [clip(f"good{i:04d}", audio(noise(i, 900)), 900) for i in range(40)]
     bad = [clip(f"bad_{name}", data, 40_000, extension) for name, (data, extension) in bad_clips().items()]
     shards = write_shards(tmp_path / "mixed", [good[:20] + bad[:5], bad[5:] + good[20:]])
@@ -143,3 +150,26 @@ def test_a_shard_that_vanishes_is_named_at_once(tmp_path, num_workers):
     data.index.shard_path(0).unlink()
     with pytest.raises(UserError, match=r"^shard .*shard-000000.tar cannot be read: No such file"):
         train_batches(data)
+
+
+@pytest.mark.parametrize("frontend", NAMES)
+def test_nothing_that_is_not_finite_reaches_a_model_and_silence_makes_no_nan(tmp_path, frontend):
+    """D2, F25: NaN and Inf are refused, more than full scale is clipped, silence passes."""
+    waveforms = {name: noise(1, 16_000) / 32768 for name in ("nan", "inf", "loud", "silent")}
+    waveforms["nan"][5000], waveforms["inf"][5000] = np.nan, -np.inf
+    waveforms["loud"] *= 1000
+    waveforms["silent"][:] = 0
+    clips = [clip(k, audio(w, 16_000, "wav", "FLOAT"), 16_000, "wav", 16_000) for k, w in waveforms.items()]
+    shards = write_shards(tmp_path / "odd", [clips])
+    (batch,) = train_batches(data_of(shards, crop_seconds=1.0, default_rate_hz=16_000), max_steps=1)
+    assert {entry.key: entry.reason for entry in batch.skipped} == dict.fromkeys(("nan", "inf"), "NaN or Inf samples")
+    assert sorted(batch.key) == ["loud", "silent"]
+    waveform = to_float(batch.waveform)
+    front = front_end(frontend)
+    features = front(resample(waveform, 16_000, front.rate_hz))
+    assert waveform.abs().max() == 1 and features.isfinite().all()
+    if frontend == "kaldi_fbank":
+        model = audiomae(frames=64, norm_target=True)
+        loss = model(Batch(waveform=waveform), generator=Noise.for_batch(0, 0, 2, torch.device("cpu")))["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

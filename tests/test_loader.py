@@ -1,4 +1,4 @@
-"""Bad clips are counted and limited, workers that die or hang are named, and Lightning resumes where it stopped."""
+"""Workers that die or hang are named, and Lightning resumes where it stopped."""
 
 import os
 import signal
@@ -10,10 +10,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny_shards import audio, clip, data_of, long_loader, noise, ragged_corpus, train_batches, write_shards
+from processes import descendants, end_within, processes, workers
+from tiny_shards import audio, clip, data_of, long_loader, noise, ragged_corpus, write_shards
 
-from audiossl.badclips import BadClips
-from audiossl.batch import Batch, Skipped
 from audiossl.errors import UserError
 from audiossl.loader import make_loader
 
@@ -21,84 +20,6 @@ from audiossl.loader import make_loader
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
     return ragged_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def counted(ledger: BadClips, pattern: str) -> None:
-    """Feed batches of one clip: '.' a good one, 'x' a bad one."""
-    for number, mark in enumerate(pattern):
-        skipped = [Skipped(f"k{number}", "s.tar", "zero bytes", 0)] if mark == "x" else []
-        ledger.add(Batch(rows=torch.zeros(1 - len(skipped), dtype=torch.int64), skipped=skipped))
-
-
-def test_bad_clips_up_to_one_percent_are_tolerated_and_more_are_not():
-    counted(BadClips(None), "." * 1000)
-    counted(BadClips(None), "." * 991 + "x" * 9)
-    counted(BadClips(None), "xx" + "." * 197)  # too few seen to judge
-    with pytest.raises(UserError, match=r"^10 of 999 clips .* limit of 1%: k989 in s.tar: zero bytes; k990 .*; k991 "):
-        counted(BadClips(None), "." * 989 + "x" * 11)
-
-
-def test_a_hundred_bad_clips_in_a_row_stop_the_run_across_batches():
-    counted(BadClips(None, max_fraction=1.0), "x" * 99 + "." + "x" * 99)
-    with pytest.raises(UserError, match="100 clips in a row"):
-        counted(BadClips(None, max_fraction=1.0), "." + "x" * 100)
-    ledger = BadClips(None, max_fraction=1.0)
-    bad = [Skipped(f"k{row}", "s.tar", "zero bytes", row) for row in range(64)]
-    ledger.add(Batch(rows=torch.tensor([0]), skipped=bad[1:]))
-    with pytest.raises(UserError, match="100 clips in a row"):
-        ledger.add(Batch(rows=torch.tensor([63]), skipped=bad[:63]))
-
-
-def test_a_resumed_run_lists_no_bad_clip_twice(tmp_path):
-    for _ in range(2):
-        counted(BadClips(tmp_path / "bad_clips.csv"), "x.x")
-    listed = (tmp_path / "bad_clips.csv").read_text().splitlines()
-    assert listed == ["key,shard,reason", "k0,s.tar,zero bytes", "k2,s.tar,zero bytes"]
-
-
-def test_a_corpus_of_which_nothing_can_be_read_stops_the_run(tmp_path):
-    shards = write_shards(tmp_path / "bad", [[clip(f"k{i}", b"no audio", 900) for i in range(30)]])
-    with pytest.raises(UserError, match="100 clips in a row could not be read"):
-        train_batches(data_of(shards), max_steps=1000)
-
-
-def processes() -> dict[int, int]:
-    """Map every living process to its parent."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it ended meanwhile
-            continue
-        if state != "Z":
-            parents[int(stat.parent.name)] = int(parent)
-    return parents
-
-
-def descendants(of: int) -> dict[int, int]:
-    """Map the processes that come from process `of` to their parents."""
-    parents = processes()
-    found, new = {}, {of}
-    while new:
-        new = {child for child, parent in parents.items() if parent in new}
-        found |= {child: parents[child] for child in new}
-    return found
-
-
-def workers(of: int | None = None) -> list[int]:
-    """List the loader's workers: the children of the fork server, which is the trainer's child."""
-    of = of or os.getpid()
-    return [child for child, parent in descendants(of).items() if parent != of]
-
-
-def end_within(seconds: float, alive) -> bool:
-    """Wait until `alive()` lists nothing."""
-    deadline = time.monotonic() + seconds
-    while alive():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_signals_meant_for_the_trainer_stop_neither_workers_nor_fork_server(corpus):
@@ -135,7 +56,7 @@ def test_a_read_that_hangs_is_an_error_that_names_the_shard_and_leaves_no_worker
     os.mkfifo(path)  # to open it is to wait for a writer, like a file system that is away
     inner = data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=3, seed=0).loader
     loader = make_loader(
-        inner.dataset, inner.batch_sampler, num_workers=1, bad_clips=BadClips(None), timeout_seconds=1.0
+        inner.dataset, inner.batch_sampler, num_workers=1, bad_clips=data.bad_clips, timeout_seconds=1.0
     )
     started = time.monotonic()
     with pytest.raises(UserError, match=r"no batch within 1 s: a worker hangs .*shard-000000.tar"):

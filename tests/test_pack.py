@@ -49,6 +49,7 @@ ODD_NAMES += ["__x__", "x" * 120, "50%", "a%2Eb"]
 
 
 def test_odd_names_become_safe_keys_that_turn_back_and_that_webdataset_reads(tmp_path):
+    """D6."""
     source = tmp_path / "source"
     (source / "deep" / "er").mkdir(parents=True)
     for name in ODD_NAMES:

@@ -98,6 +98,7 @@ CUTS = {
 
 @pytest.mark.parametrize("how", CUTS)
 def test_the_five_kinds_of_damaged_tar_are_found_and_named(tmp_path, how, capsys):
+    """D4, F21."""
     path = write_tar(tmp_path / "bad.tar", [*sample("a"), *sample("b"), *sample("c"), *sample("d")])
     write_tar(tmp_path / "good.tar", sample("e"))
     with tarfile.open(path) as tar:
@@ -108,13 +109,15 @@ def test_the_five_kinds_of_damaged_tar_are_found_and_named(tmp_path, how, capsys
     path.write_bytes(data[: {**ends, "to nothing": 0}.get(how, len(data))])
     reason, num_whole = CUTS[how]
     assert index(tmp_path) == 1
-    assert keys(tmp_path) == ["a", "b"][:num_whole] + ["e"]
+    after = ["d"] if how == "in the middle" else []  # what follows a damaged header is found again
+    assert keys(tmp_path) == ["a", "b"][:num_whole] + after + ["e"]
     assert reason in reasons(tmp_path)[""]
     printed = capsys.readouterr()
     assert f"bad.tar: {reason}" in printed.out + printed.err
 
 
 def test_a_cut_between_audio_and_label_pairs_with_nothing_in_the_next_shard(tmp_path):
+    """D5, F22."""
     first = write_tar(tmp_path / "0.tar", [*sample("a"), ("b.flac", sound()), ("b.json", label("right"))])
     with tarfile.open(first) as tar:
         end = tar.getmember("b.json").offset
@@ -128,6 +131,7 @@ def test_a_cut_between_audio_and_label_pairs_with_nothing_in_the_next_shard(tmp_
 
 
 def test_each_kind_of_bad_sample_is_left_out_with_its_own_reason(tmp_path):
+    """D7, S7: a different reason for each kind, with shard and key."""
     bomb = bytearray(sound())
     bomb[21], bomb[22:26] = bomb[21] | 0x0F, b"\xff" * 4
     members = [*sample("twice"), ("twice.flac", sound(seed=1)), ("nolabel.flac", sound()), ("nosound.json", label("x"))]
@@ -161,6 +165,7 @@ def test_each_kind_of_bad_sample_is_left_out_with_its_own_reason(tmp_path):
 
 
 def test_interleaved_and_dotted_keys_never_mix(tmp_path):
+    """D6, D7, F23."""
     members = [
         ("a.b.flac", sound(seed=1)),
         ("a.c.flac", sound(seed=2)),

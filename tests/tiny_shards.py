@@ -70,10 +70,20 @@ EVERY_CLIP_ONCE = dict(  # the settings of `ShardData` that choose and order cli
 )
 
 
+NO_DAMAGE = dict(  # and those for what may be wrong with shards, or far away
+    damaged_shards="stop",
+    max_bad_fraction=0.01,
+    max_bad_in_a_row=100,
+    timeout_seconds=180.0,
+    cache_dir=None,
+    cache_gb=50.0,
+)
+
+
 def data_of(shards: str | None, **changes) -> ShardData:
     settings = dict(rate_hz=None, batch_size=4, num_workers=0, crop_seconds=0.1, padding="cyclic", validation_clips=0)
+    settings |= NO_DAMAGE | dict(max_bad_fraction=1.0)
     settings |= dict(split=None, cache_mb=0, mean=0.0, std=1.0, default_rate_hz=16000, run_dir=None)
-    settings |= dict(cache_dir=None, cache_gb=50.0)
     return ShardData(shards=shards, **{**EVERY_CLIP_ONCE, **settings, **changes})
 
 
