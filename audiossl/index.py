@@ -20,7 +20,7 @@ import numpy as np
 from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
-from audiossl.shardpaths import find_index, index_command, means
+from audiossl.shardpaths import find_index, index_command, matching
 from audiossl.tarfiles import read_member
 
 
@@ -52,12 +52,12 @@ class Index:
         ("stop") a shard that is missing, cannot be read or has another size than the index says. With "skip" such a
         shard's clips that cannot be there are in `lost`, and everything else stays as it is.
         """
-        index_path, wanted = find_index(os.fspath(path))
+        index_path, wanted = find_index(os.fspath(path), may_miss=damaged_shards == "skip")
         columns, meta = read_index(index_path)
         index = cls(columns=columns, meta=meta, path=index_path)
         if wanted is not None:
             there = set(wanted)
-            wanted += [shard for shard in index.shards if shard not in there and means(os.fspath(path), shard)]
+            wanted += matching(os.fspath(path), [shard for shard in index.shards if shard not in there])
             index = index._restrict(wanted, os.fspath(path))
         problems = list(map(_problem_of, index.shards, index.meta["shards"]))
         if damaged_shards == "stop" and (worded := next(filter(None, problems), None)):
