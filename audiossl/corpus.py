@@ -82,12 +82,7 @@ def load_corpus(
     are, and a fraction of nothing.
     """
     entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
-    indexes = {
-        name: Index.load(source.shards, damaged_shards=damaged_shards, cache=cache) for name, source in entries.items()
-    }
-    for index, source in zip(indexes.values(), entries.values(), strict=True):
-        if len(index) == 0:
-            raise UserError(f"data.shards={source.shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
+    indexes = {name: _load(source.shards, damaged_shards, cache) for name, source in entries.items()}
     chosen = [index.select(split=entries[name].split or split) for name, index in indexes.items()]
     num_clips = [len(clips) for clips in chosen]
     if validation_clips >= sum(num_clips):
@@ -106,31 +101,41 @@ def load_corpus(
     weights = [float(len(pool)) for pool in pools] if None in weights else weights
     shares = [weight / sum(weights) for weight in weights]
     rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
-    gone = [np.intersect1d(np.fromiter(index.lost, np.int64), np.concatenate([pool, held]))
-            for index, pool, held in zip(indexes.values(), pools, held_out, strict=True)]  # fmt: skip
-    index, corpus_hash = indexes.get(""), ""
-    if sources:
-        said = [
-            (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
-            for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
-        ]
-        corpus_hash = hashlib.sha256(repr(said).encode()).hexdigest()
-        index = JoinedIndex(indexes)
-        pools = [clips + first for clips, first in zip(pools, index.firsts, strict=True)]
-        held_out = [clips + first for clips, first in zip(held_out, index.firsts, strict=True)]
-        gone = [clips + first for clips, first in zip(gone, index.firsts, strict=True)]
-    lost = np.concatenate(gone)
-    if len(lost):  # a run whose shards come back is not the same run, its order being another
-        corpus_hash = hashlib.sha256(
-            (corpus_hash or index.corpus_hash).encode() + lost.astype("<i8").tobytes()
-        ).hexdigest()
+    said = [
+        (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
+        for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
+    ]
+    index = JoinedIndex(indexes) if sources else indexes[""]
+    firsts = index.firsts if sources else [0]
+    pools = [clips + first for clips, first in zip(pools, firsts, strict=True)]
+    held_out = np.concatenate([clips + first for clips, first in zip(held_out, firsts, strict=True)])
+    gone = np.fromiter(index.lost, np.int64)
+    lost = np.intersect1d(gone, np.concatenate([*pools, held_out])) if len(gone) else gone
     return Corpus(
         index=index,
         names=list(entries),
-        pools=[np.setdiff1d(pool, lost, assume_unique=True) for pool in pools],
-        held_out=np.setdiff1d(np.concatenate(held_out), lost, assume_unique=True),
+        pools=[_without(pool, lost) for pool in pools],
+        held_out=_without(held_out, lost),
         lost=lost,
         shares=shares,
         rates_hz=np.unique(np.concatenate(rates)).tolist(),
-        hash=corpus_hash or index.corpus_hash,
+        hash=_hash(repr(said) if sources else index.corpus_hash, lost, is_hash=not sources),
     )
+
+
+def _load(shards: str, damaged_shards: Literal["stop", "skip"], cache: ShardCache) -> Index:
+    index = Index.load(shards, damaged_shards=damaged_shards, cache=cache)
+    if len(index) == 0:
+        raise UserError(f"data.shards={shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
+    return index
+
+
+def _without(clips: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    return clips[~np.isin(clips, lost)] if len(lost) else clips
+
+
+def _hash(said: str, lost: np.ndarray, *, is_hash: bool) -> str:
+    """Hash what can be trained on: a run whose shards come back is not the same run, its order being another."""
+    if is_hash and not len(lost):
+        return said
+    return hashlib.sha256(said.encode() + lost.astype("<i8").tobytes()).hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
-import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +35,9 @@ from audiossl.clips import ShardFiles
 from audiossl.corpusfacts import mixed, percentiles, set_hash
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.packwriter import _start_worker, counted
+from audiossl.packwriter import counted, start_worker
+from audiossl.prefetch import remote_shards
+from audiossl.remote import RemoteShard
 
 WORTH_WORKERS_CLIPS = 64  # starting processes takes longer than measuring fewer
 _CHUNK = 8  # clips a worker takes at a time
@@ -196,14 +197,15 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> dict:
 
 def _measured(index: Index, rows: np.ndarray, what: Measure, workers: int) -> Iterator:
     """Yield `measure` of every clip, in order, with a bounded number of results waiting."""
+    remote = remote_shards(index)
     chunks = (_places(index, rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
     if workers <= 1 or len(rows) < WORTH_WORKERS_CLIPS:
-        front_ends, shards = bare_front_ends(), ShardFiles()
+        front_ends, shards = bare_front_ends(), ShardFiles(remote)
         with one_thread():
             yield from (measure(place, what, front_ends, shards) for chunk in chunks for place in chunk)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (what,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (what, remote)) as pool:
         waiting: deque = deque()
         try:
             for chunk in chunks:
@@ -221,15 +223,15 @@ def _measured(index: Index, rows: np.ndarray, what: Measure, workers: int) -> It
 def _places(index: Index, rows: np.ndarray) -> list[Place]:
     columns = (index.offset[rows], index.size[rows], index.num_frames[rows], index.rate_hz[rows])
     numbers = zip(rows.tolist(), *(column.tolist() for column in columns), strict=True)
-    return [Place(row, os.fspath(index.shard_path(row)), *others) for row, *others in numbers]
+    return [Place(row, str(index.shard_path(row)), *others) for row, *others in numbers]
 
 
-def _start(what: Measure) -> None:
+def _start(what: Measure, remote: dict[str, RemoteShard]) -> None:
     import torch
 
-    _start_worker()
+    start_worker()
     torch.set_num_threads(1)
-    _worker.update(what=what, front_ends=bare_front_ends(), shards=ShardFiles())
+    _worker.update(what=what, front_ends=bare_front_ends(), shards=ShardFiles(remote))
 
 
 def _measure_all(places: list[Place]) -> list:

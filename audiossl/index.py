@@ -22,7 +22,7 @@ from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
 from audiossl.remote import RemoteShard, find_remote_index, locate
 from audiossl.shardcache import ShardCache
-from audiossl.shardpaths import find_index, index_command, is_remote, means
+from audiossl.shardpaths import find_index, index_command, is_remote, matching
 from audiossl.shardstate import problem_of, state_of
 from audiossl.tarfiles import read_member
 
@@ -77,14 +77,14 @@ class Index:
         if is_remote(path):
             index_path, base, wanted = find_remote_index(path, cache)
         else:
-            index_path, wanted = find_index(path)
+            index_path, wanted = find_index(path, may_miss=damaged_shards == "skip")
         columns, meta = read_index(index_path)
         index = cls(columns=columns, meta=meta, path=index_path, base=base, cache=cache)
         if wanted is not None:
             shards = [str(shard) for shard in wanted]
             if not is_remote(path):
                 there = set(shards)
-                shards += [str(shard) for shard in index.shards if str(shard) not in there and means(path, shard)]
+                shards += map(str, matching(path, [shard for shard in index.shards if str(shard) not in there]))
             index = index._restrict(shards, path)
         problems = list(map(problem_of, index.shards, index.meta["shards"]))
         if damaged_shards == "stop" and (worded := next(filter(None, problems), None)):

@@ -61,7 +61,7 @@ def encode_all(tasks: Iterator[tuple[Path, float]], settings: Settings, workers:
         yield from (encode(path, max_seconds, settings) for path, max_seconds in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker) as pool:
         waiting: deque = deque()
         try:
             for path, max_seconds in tasks:
@@ -92,7 +92,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it: a killed parent can no longer tell its workers to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -22,9 +22,10 @@ REMOTE = ("https://", "s3://")
 QUERY_VARIABLE = "AUDIOSSL_URL_QUERY"
 
 
-def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
+def find_index(pattern: str, may_miss: bool = False) -> tuple[Path, list[Path] | None]:
     """Return the index that a folder, an index file or a glob of shards means, and the shards (None: all of them).
 
+    `may_miss` allows names in braces of which no file is there.
     Raises UserError when nothing matches and when there is no index, with the command that builds one.
     """
     path = Path(os.path.abspath(pattern)) if pattern else None
@@ -38,7 +39,7 @@ def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
         if not any(path.glob("*.tar")):
             raise UserError(f"{pattern} holds no shards; pack a folder of audio into it: {pack_command()}")
         raise UserError(f"{pattern} has shards but no index; build it: {index_command(os.path.join(pattern, '*.tar'))}")
-    shards = expand(pattern)
+    shards = expand(pattern, may_miss)
     folder = common_folder(shards)
     for candidate in (folder / INDEX_NAME, folder.parent / INDEX_NAME):
         if candidate.is_file():
@@ -46,8 +47,11 @@ def find_index(pattern: str) -> tuple[Path, list[Path] | None]:
     raise UserError(f"the {len(shards)} shards of {pattern} have no index; build it: {index_command(pattern)}")
 
 
-def expand(pattern: str) -> list[Path]:
-    """List the files a pattern names, absolute, sorted, each once; raises UserError when there is none."""
+def expand(pattern: str, may_miss: bool = False) -> list[Path]:
+    """List the files a pattern names, absolute, sorted, each once; raises UserError when there is none.
+
+    `may_miss` lists names in braces too of which no file is there; else they are an error.
+    """
     refuse_scheme(pattern)
     if not pattern:
         raise UserError("no shards given: name a folder, an index or a glob such as 'DIR/shard-*.tar'")
@@ -57,6 +61,8 @@ def expand(pattern: str) -> list[Path]:
             found.add(os.path.abspath(name))
         elif globbing.has_magic(name):
             found.update(os.path.abspath(hit) for hit in globbing.glob(name, recursive=True))
+        elif name != pattern and may_miss:
+            found.add(os.path.abspath(name))
         elif name != pattern:
             raise UserError(f"shard {name} of {pattern} is missing")
     if not found:
@@ -95,11 +101,14 @@ def without_secrets(address: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "***@", re.sub(r"[?#].*", "?***", address)) if "://" in address else address
 
 
-def means(pattern: str, shard: Path) -> bool:
-    """Tell whether a glob would match a shard if it were there (`**` means one folder)."""
-    wanted = [Path(os.path.abspath(name)).parts for name in expand_braces(pattern)]
-    parts = shard.parts
-    return any(len(name) == len(parts) and all(map(fnmatch.fnmatchcase, parts, name)) for name in wanted)
+def matching(pattern: str, shards: list[Path]) -> list[Path]:
+    """List those of `shards` that a glob would match if they were there (`**` means one folder)."""
+    globs = [Path(os.path.abspath(name)).parts for name in expand_braces(pattern) if globbing.has_magic(name)]
+
+    def is_meant(parts: tuple[str, ...]) -> bool:
+        return any(len(name) == len(parts) and all(map(fnmatch.fnmatchcase, parts, name)) for name in globs)
+
+    return [shard for shard in shards if is_meant(shard.parts)]
 
 
 def common_folder(shards: list[Path]) -> Path:

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+# a signature is not counted: the constructors that YAML fills have a line a setting, 30 of them in `ShardData`
 # schema.py (270) reads every form of annotation in one place; splitting it would part the grammar from its words
-FILE_LINES, FUNCTION_LINES, CONFIG_DEPTH = 270, 52, 3
+FILE_LINES, FUNCTION_LINES, CONFIG_DEPTH = 270, 50, 3
 SOURCES = sorted([*(ROOT / "audiossl").rglob("*.py"), *ROOT.glob("*.py")])
 
 
@@ -30,7 +31,7 @@ def test_no_function_outgrows_a_page():
         f"{p.relative_to(ROOT)}:{f.name}": n
         for p in SOURCES
         for f in functions(p)
-        if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES
+        if (n := f.end_lineno - f.body[0].lineno + 1) > FUNCTION_LINES
     }
     assert not long, f"more than {FUNCTION_LINES} lines: {long}"
 
