@@ -77,10 +77,7 @@ def load_corpus(
     are, and a fraction of nothing.
     """
     entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
-    indexes = {name: Index.load(source.shards) for name, source in entries.items()}
-    for index, source in zip(indexes.values(), entries.values(), strict=True):
-        if len(index) == 0:
-            raise UserError(f"data.shards={source.shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
+    indexes = {name: _load(source.shards) for name, source in entries.items()}
     chosen = [index.select(split=entries[name].split or split) for name, index in indexes.items()]
     num_clips = [len(clips) for clips in chosen]
     if validation_clips >= sum(num_clips):
@@ -99,22 +96,25 @@ def load_corpus(
     weights = [float(len(pool)) for pool in pools] if None in weights else weights
     shares = [weight / sum(weights) for weight in weights]
     rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
-    index, corpus_hash = indexes.get(""), ""
-    if sources:
-        said = [
-            (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
-            for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
-        ]
-        corpus_hash = hashlib.sha256(repr(said).encode()).hexdigest()
-        index = JoinedIndex(indexes)
-        pools = [clips + first for clips, first in zip(pools, index.firsts, strict=True)]
-        held_out = [clips + first for clips, first in zip(held_out, index.firsts, strict=True)]
+    said = [
+        (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
+        for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
+    ]
+    index = JoinedIndex(indexes) if sources else indexes[""]
+    firsts = index.firsts if sources else [0]
     return Corpus(
         index=index,
         names=list(entries),
-        pools=pools,
-        held_out=np.concatenate(held_out),
+        pools=[clips + first for clips, first in zip(pools, firsts, strict=True)],
+        held_out=np.concatenate([clips + first for clips, first in zip(held_out, firsts, strict=True)]),
         shares=shares,
         rates_hz=np.unique(np.concatenate(rates)).tolist(),
-        hash=corpus_hash or index.corpus_hash,
+        hash=hashlib.sha256(repr(said).encode()).hexdigest() if sources else index.corpus_hash,
     )
+
+
+def _load(shards: str) -> Index:
+    index = Index.load(shards)
+    if len(index) == 0:
+        raise UserError(f"data.shards={shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
+    return index

@@ -28,6 +28,7 @@ from audiossl.rules import check_drawing, check_value
 log = logging.getLogger(__name__)
 
 MAX_EXAMPLE_SECONDS = 30.0
+AT_LEAST = {"batch_size": 1, "rate_hz": 1, "crop_seconds": 1e-4, "num_workers": 0, "cache_mb": 0, "validation_clips": 0}
 
 
 class ShardData:
@@ -86,20 +87,12 @@ class ShardData:
         default_rate_hz: int,
         run_dir: str | Path | None,
     ):
-        at_least = {"batch_size": (batch_size, 1), "rate_hz": (rate_hz, 1), "crop_seconds": (crop_seconds, 1e-4)}
-        at_least |= {
-            "num_workers": (num_workers, 0),
-            "cache_mb": (cache_mb, 0),
-            "validation_clips": (validation_clips, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name}={value}: must be {least:g} or more")
         drawing = dict(sampling=sampling, sampling_offset=sampling_offset, sampling_reduce=sampling_reduce)
         drawing |= dict(replacement=replacement, draws_per_epoch=draws_per_epoch, shuffle_shards=shuffle_shards)
         chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
-        _check({**drawing, **chosen})
+        rest = dict(batch_size=batch_size, rate_hz=rate_hz, crop_seconds=crop_seconds, num_workers=num_workers)
+        _check({**drawing, **chosen, **rest, "cache_mb": cache_mb})
         self.corpus = load_corpus(**chosen)
         self.drawing = Drawing(**drawing)
         self._weights = self.drawing.weights(self.corpus)
@@ -107,20 +100,17 @@ class ShardData:
         self.clips, self.held_out = np.concatenate(self.corpus.pools), self.corpus.held_out
         self.order(seed=0)  # refuses what the clips do not suffice for
         self.clips_per_epoch = self.drawing.clips_per_epoch(self.corpus)
-        one_rate = self.corpus.rates_hz[0] if len(self.corpus.rates_hz) == 1 else None
-        self.rate_hz = rate_hz or one_rate or default_rate_hz
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        rates = self.corpus.rates_hz
+        self.rate_hz = rate_hz or (rates[0] if len(rates) == 1 else default_rate_hz)
+        self.batch_size, self.num_workers = batch_size, num_workers
         self.crop_seconds = crop_seconds
         self.padding = padding
         self.cache_bytes = cache_mb * 2**20
-        self.mean = mean
-        self.std = std
+        self.mean, self.std = mean, std
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.corpus_hash = self.corpus.hash
-        self.num_clips = len(self.clips)
-        self.num_validation_clips = len(self.held_out)
+        self.num_clips, self.num_validation_clips = len(self.clips), len(self.held_out)
         self.hours = float(self.index.seconds[self.clips].sum(dtype=np.float64)) / 3600
 
     def order(self, seed: int) -> Order:
@@ -233,7 +223,10 @@ class ShardData:
 
 
 def _check(settings: dict) -> None:
-    """Check the settings that choose and order clips as the config's are."""
+    """Check values and how they go together, with the config's own rules."""
+    for name, least in AT_LEAST.items():
+        if settings[name] is not None and settings[name] < least:
+            raise UserError(f"data.{name}={settings[name]}: must be {least:g} or more")
     sources = settings["sources"] or {}
     values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
     values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}
