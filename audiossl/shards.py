@@ -119,21 +119,18 @@ class ShardData:
         check_room(self.index, self.clips, self.held_out, shuffle_shards)
         self.order(seed=0)  # refuses what the clips do not suffice for
         self.clips_per_epoch = self.drawing.clips_per_epoch(self.corpus)
-        one_rate = self.corpus.rates_hz[0] if len(self.corpus.rates_hz) == 1 else None
-        self.rate_hz = rate_hz or one_rate or default_rate_hz
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        rates = self.corpus.rates_hz
+        self.rate_hz = rate_hz or (rates[0] if len(rates) == 1 else default_rate_hz)
+        self.batch_size, self.num_workers = batch_size, num_workers
         self.crop_seconds = crop_seconds
         self.padding = padding
         self.cache_bytes = cache_mb * 2**20
-        self.mean = mean
-        self.std = std
+        self.mean, self.std = mean, std
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.timeout_seconds = timeout_seconds
         self.corpus_hash = self.corpus.hash
-        self.num_clips = len(self.clips)
-        self.num_validation_clips = len(self.held_out)
+        self.num_clips, self.num_validation_clips = len(self.clips), len(self.held_out)
         self.hours = float(self.index.seconds[self.clips].sum(dtype=np.float64)) / 3600
 
     def order(self, seed: int) -> Order:
@@ -256,7 +253,10 @@ def _check_ranges(given: dict[str, float | None]) -> None:
 
 
 def _check(settings: dict) -> None:
-    """Check the settings that choose and order clips as the config's are."""
+    """Check values and how they go together, with the config's own rules."""
+    for name, least in AT_LEAST.items():
+        if settings[name] is not None and settings[name] < least:
+            raise UserError(f"data.{name}={settings[name]}: must be {least:g} or more")
     sources = settings["sources"] or {}
     values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
     values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}

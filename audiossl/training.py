@@ -80,11 +80,10 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(config["seed"])  # the initial weights
     method = method_from_config(config)
     data = ShardData(**config["data"], default_rate_hz=method.frontend.rate_hz, run_dir=run_dir)
-    optim = OptimSettings(**config["optim"])
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
     max_steps = _max_steps(config["trainer"], data.clips_per_epoch, global_batch)
-    optim = _warmed_up(optim, data.clips_per_epoch / global_batch, max_steps)
+    optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch}
     ckpt = _start(config, method, run_dir, provenance)
     module = Pretraining(
