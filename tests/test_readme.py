@@ -1,4 +1,4 @@
-"""What the README says can be typed."""
+"""What the README and the docs say can be typed."""
 
 import re
 import shlex
@@ -14,9 +14,11 @@ from audiossl.settings import check
 from audiossl.specs import SPECS
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 LINES = [
     line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.splitlines()
 ]
 TRAIN = [line.split("python train.py")[1] for line in LINES if "python train.py" in line]
@@ -43,6 +45,12 @@ def test_ci_runs_the_readmes_test_command_and_nothing_else():
     command = "pip install -e '.[test]' -c constraints.txt && pytest"
     assert command in LINES
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\n" + command)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/faults.md"])
+def test_every_link_between_our_pages_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert links and all((ROOT / page).parent.joinpath(link).exists() for link in links)
 
 
 def test_every_module_is_on_the_map():
