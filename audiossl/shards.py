@@ -111,7 +111,8 @@ class ShardData:
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
         _check({**drawing, **chosen})
         self.corpus = load_corpus(**chosen, damaged_shards=damaged_shards, cache=ShardCache.of(cache_dir, cache_gb))
-        self.index, self.bad_clips = self.corpus.index, self._ledger(run_dir, max_bad_fraction, max_bad_in_a_row)
+        self.index = self.corpus.index
+        self.bad_clips = self._ledger(run_dir, max_bad_fraction, max_bad_in_a_row)
         self.drawing = Drawing(**drawing)
         self._weights = self.drawing.weights(self.corpus)
         self.clips, self.held_out = np.concatenate(self.corpus.pools), self.corpus.held_out
@@ -254,9 +255,6 @@ def _check_ranges(given: dict[str, float | None]) -> None:
 
 def _check(settings: dict) -> None:
     """Check values and how they go together, with the config's own rules."""
-    for name, least in AT_LEAST.items():
-        if settings[name] is not None and settings[name] < least:
-            raise UserError(f"data.{name}={settings[name]}: must be {least:g} or more")
     sources = settings["sources"] or {}
     values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
     values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}

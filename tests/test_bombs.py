@@ -228,7 +228,7 @@ def test_shards_that_name_a_command_or_a_stream_start_no_process_and_open_no_soc
         assert sum(f"'{scheme}" in line and "not allowed" in line for line in said) >= 2, (pattern, said)
 
 
-def test_a_shard_in_an_index_that_names_a_command_is_a_file_that_is_missing(tmp_path):
+def test_a_shard_in_an_index_that_names_a_command_is_refused(tmp_path):
     """S6: manifests."""
     write_shards(tmp_path / "s", [[clip("a", audio(noise(0, 900)), 900)]])
     columns, meta = read_columns(tmp_path / "s")
@@ -237,7 +237,7 @@ def test_a_shard_in_an_index_that_names_a_command_is_a_file_that_is_missing(tmp_
     done = subprocess.run(
         [sys.executable, "-c", AUDITED, str(tmp_path / "s")], cwd=ROOT, capture_output=True, text=True
     )
-    assert "is missing" in done.stdout and "EVENTS []" in done.stdout and not (tmp_path / "ran").exists()
+    assert "is not allowed" in done.stdout and "EVENTS []" in done.stdout and not (tmp_path / "ran").exists()
 
 
 def test_links_devices_and_names_that_climb_out_are_listed_and_touch_nothing(tmp_path):
