@@ -148,7 +148,7 @@ optim.betas=[0.9]                 must be a list of 2
 optim.betas=[0.9,1.5]             must be at least 0 and below 1
 optim.weight_decay=-0.1           must be at least 0
 optim.weight_decay=               must be a number; nothing was given
-optim.warmup_steps=2300           is longer than trainer.max_steps=2000
+optim.warmup_steps=2300           is longer than trainer.max_steps=1800
 trainer.max_steps=abc             must be a whole number or null
 trainer.max_steps=0               must be at least 1
 trainer.max_steps=-5              must be at least 1
