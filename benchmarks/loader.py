@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,35 +55,10 @@ def write_clips(folder: Path, codec: str, seconds: int, num_clips: int) -> None:
 
 def clips_per_second(shards: Path, crop_seconds: float, rate_hz: int, has_cache: bool, num_clips: int) -> float:
     """Time the second epoch, so that a cache is full."""
-    data = ShardData(
-        shards=str(shards),
-        rate_hz=rate_hz,
-        batch_size=num_clips // 10,
-        num_workers=0,
-        crop_seconds=crop_seconds,
-        padding="cyclic",
-        validation_clips=0,
-        split=None,
-        sources=None,
-        fraction=1.0,
-        fraction_by="random",
-        fraction_seed=0,
-        sampling=None,
-        sampling_offset=None,
-        sampling_reduce="sum",
-        replacement=None,
-        draws_per_epoch=None,
-        shuffle_shards=None,
-        cache_mb=1024 if has_cache else 0,
-        damaged_shards="stop",
-        max_bad_fraction=0.01,
-        max_bad_in_a_row=100,
-        timeout_seconds=180.0,
-        mean=0.0,
-        std=1.0,
-        default_rate_hz=rate_hz,
-        run_dir=None,
-    )
+    settings = yaml.safe_load((ROOT / "conf" / "data" / "folder.yaml").read_text())["data"]
+    settings |= dict(shards=str(shards), rate_hz=rate_hz, batch_size=num_clips // 10, num_workers=0)
+    settings |= dict(crop_seconds=crop_seconds, cache_mb=1024 if has_cache else 0)
+    data = ShardData(**settings, default_rate_hz=rate_hz, run_dir=None)
     batches = iter(data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=20, seed=0))
     for _ in range(10):
         next(batches)

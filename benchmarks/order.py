@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -41,30 +43,10 @@ MODES = {
         "validation_clips": 512,
     },
 }
-PLAIN = dict(
-    sources=None,
-    rate_hz=None,
-    batch_size=64,
-    num_workers=0,
-    crop_seconds=10.0,
-    padding="zeros",
-    validation_clips=0,
-    split="train",
-    fraction=1.0,
-    fraction_by="random",
-    fraction_seed=0,
-    sampling=None,
-    sampling_offset=None,
-    sampling_reduce="sum",
-    replacement=None,
-    draws_per_epoch=None,
-    shuffle_shards=None,
-    cache_mb=0,
-    mean=0.0,
-    std=1.0,
-    default_rate_hz=32_000,
-    run_dir=None,
-)
+PLAIN = yaml.safe_load((ROOT / "conf" / "data" / "folder.yaml").read_text())["data"]
+PLAIN |= dict(batch_size=64, num_workers=0, crop_seconds=10.0, padding="zeros", split="train")
+PLAIN |= dict(default_rate_hz=32_000, run_dir=None)
+del PLAIN["shards"], PLAIN["sources"]
 
 
 def write_corpus(folder: Path, num_clips: int) -> None:

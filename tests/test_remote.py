@@ -118,6 +118,32 @@ def test_an_order_that_would_turn_the_cache_over_is_refused_before_it_starts(web
     assert not [name for name in web.asked if name.endswith(".tar")]
 
 
+def test_a_corpus_larger_than_the_cache_is_visited_window_by_window(web, corpus, tmp_path):
+    total = sum(path.stat().st_size for path in corpus.glob("*.tar")) / 1e9
+    far = data_of(f"https://{web.host}/prefix", cache_gb=total * 0.8, shuffle_shards=1, cache_dir=str(tmp_path / "c"))
+    batches = train_batches(far, max_steps=9)  # most of an epoch: 36 of 41 clips
+    assert digest(batches) == digest(train_batches(data_of(str(corpus), shuffle_shards=1), max_steps=9))
+    assert len({key for batch in batches for key in batch.key}) == 36
+    assert max(times for name, times in web.asked.items() if name.endswith(".tar")) == 1
+
+
+def test_a_mixture_may_lie_here_and_there(web, corpus, tmp_path):
+    sources = {"far": {"shards": f"https://{web.host}/prefix", "weight": 3.0}, "near": {"shards": str(corpus)}}
+    sources["near"]["weight"] = 1.0
+    batches = train_batches(data_of(None, sources=sources), max_steps=10)
+    keys = [key for batch in batches for key in batch.key]
+    assert len(keys) == 40 and not any(batch.skipped for batch in batches)
+    assert {key.partition("/")[0] for key in keys} == {"far", "near"}
+    near = data_of(None, sources=sources | {"far": {"shards": str(corpus), "weight": 3.0}})
+    assert digest(batches) == digest(train_batches(near, max_steps=10))
+
+
+def test_a_remote_corpus_has_the_passport_of_the_local_one(web, corpus, tmp_path):
+    for name, shards in {"far": f"https://{web.host}/prefix", "near": str(corpus)}.items():
+        assert main(["passport", shards, "--out", str(tmp_path / f"{name}.json"), "--workers", "1"]) == 0
+    assert (tmp_path / "far.json").read_text() == (tmp_path / "near.json").read_text()
+
+
 def test_for_pictures_no_more_than_one_shard_is_downloaded(web):
     data = data_of(f"https://{web.host}/prefix", validation_clips=9)
     assert data.example_clips(1)
