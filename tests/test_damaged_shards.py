@@ -107,7 +107,7 @@ def test_a_shard_that_the_glob_would_match_is_missed(tmp_path):
             Index.load(f"{tmp_path}/theirs/{pattern}")
     assert len(Index.load(f"{tmp_path}/theirs/part-[0-2].tar")) == 3 * PER_SHARD
     for pattern in ("*.tar", "part-{0..7}.tar"):
-        assert len(Index.load(tmp_path / "theirs" / pattern, "skip").lost) == PER_SHARD
+        assert len(Index.load(tmp_path / "theirs" / pattern, damaged_shards="skip").lost) == PER_SHARD
     with pytest.raises(UserError, match=r"part-3.tar of .*part-\{0..7\}.tar is missing"):
         Index.load(tmp_path / "theirs" / "part-{0..7}.tar")
 
