@@ -93,10 +93,12 @@ def test_a_balanced_mixture_gives_each_epoch_its_shares_and_resumes_exactly(stra
     ("change", "said"),
     [
         ("data.sources.music.weight=2", "data.sources.music.weight: 3 -> 2"),
-        ("data.sources.music.fraction=0.5", "data.sources.music.fraction: None -> 0.5"),
+        pytest.param(
+            "data.sources.music.fraction=0.5", "data.sources.music.fraction: None -> 0.5", marks=pytest.mark.slow
+        ),
         ("data.sampling=null", "data.sampling: audiomae -> None"),
-        ("data.fraction=0.5", "data.fraction: 1.0 -> 0.5"),
-        ("data.draws_per_epoch=20", "data.draws_per_epoch: 16 -> 20"),
+        pytest.param("data.fraction=0.5", "data.fraction: 1.0 -> 0.5", marks=pytest.mark.slow),
+        pytest.param("data.draws_per_epoch=20", "data.draws_per_epoch: 16 -> 20", marks=pytest.mark.slow),
     ],
 )
 def test_another_mixture_fraction_or_sampling_is_no_resume(straight, corpora, change, said):

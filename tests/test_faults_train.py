@@ -106,6 +106,7 @@ def small_shards(folder: Path, num_shards: int) -> Path:
     return Path(write_shards(folder, clips))
 
 
+@pytest.mark.slow
 def test_a_shard_deleted_in_the_middle_of_an_epoch_ends_both_ranks_with_its_name(tmp_path):
     """D8: more shards than are kept open."""
     shards = small_shards(tmp_path / "s", 100)
@@ -135,6 +136,7 @@ def run_with_a_worker_signalled(folder: Path, name: str) -> tuple[list[str], str
     return arguments, output, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_hang_on(tmp_path):
     """D9, F28: stopped altogether, it neither answers nor hears."""
     _, output, seconds = run_with_a_worker_signalled(tmp_path, "SIGSTOP")
@@ -142,6 +144,7 @@ def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_
     assert "no batch within 5 s: a worker hangs reading one of" in output and "shard-000000.tar" in output
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_was_killed_says_so_and_goes_on_where_it_was(tmp_path):
     """D14."""
     arguments, output, seconds = run_with_a_worker_signalled(tmp_path, "SIGKILL")
@@ -170,6 +173,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_shard_that_may_not_be_read_is_named_at_the_start(tmp_path):
     """D8: by any user, and by root where root obeys modes."""
     shards = small_shards(tmp_path / "s", 3)
