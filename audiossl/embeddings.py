@@ -61,9 +61,8 @@ def clip_features(
 ) -> NDArray[np.float32]:
     """Describe each clip by the maximum over the frozen encoder's patch tokens, channel by channel: (clips, D).
 
-    Differs: Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. On ESC-10, crossed
-    within folds 1-3, a tiny model of 1000 steps had kNN .62 and linear .72 with the maximum, .50 and .64 with the mean,
-    .60 and .69 with both. A maximum for each row of patches had .65 and .71, but the untrained encoder .64 and .73.
+    Differs: Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. Within ESC-10's folds 1-3
+    the maximum was better for every encoder tried, the untrained one too (docs/log.md).
 
     Nothing is hidden. Columns of patches that are half padding or more are left out. Modes are put back afterwards; no
     random number is drawn.
