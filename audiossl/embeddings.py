@@ -61,8 +61,8 @@ def clip_features(
 ) -> NDArray[np.float32]:
     """Describe each clip by the maximum over the frozen encoder's patch tokens, channel by channel: (clips, D).
 
-    Differs: Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. Within ESC-10's folds 1-3
-    the maximum was better for every encoder tried, the untrained one too (docs/log.md).
+    Differs: Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. Within ESC-10's folds
+    1-3 the maximum was better for every encoder tried, the untrained one too (docs/log.md).
 
     Nothing is hidden. Columns of patches that are half padding or more are left out. Modes are put back afterwards; no
     random number is drawn.
