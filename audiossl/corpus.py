@@ -101,10 +101,8 @@ def load_corpus(
     weights = [float(len(pool)) for pool in pools] if None in weights else weights
     shares = [weight / sum(weights) for weight in weights]
     rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
-    said = [
-        (name, indexes[name].corpus_hash, source.split or split, share, part, fraction_by, fraction_seed)
-        for (name, source), share, part in zip(entries.items(), shares, fractions, strict=True)
-    ]
+    splits = [source.split or split for source in entries.values()]
+    said = (splits, shares, fractions, fraction_by, fraction_seed)
     index = JoinedIndex(indexes) if sources else indexes[""]
     firsts = index.firsts if sources else [0]
     pools = [clips + first for clips, first in zip(pools, firsts, strict=True)]
@@ -119,7 +117,7 @@ def load_corpus(
         lost=lost,
         shares=shares,
         rates_hz=np.unique(np.concatenate(rates)).tolist(),
-        hash=_hash(repr(said) if sources else index.corpus_hash, lost, is_hash=not sources),
+        hash=_hash(index, lost, *(said if sources else ())),
     )
 
 
@@ -134,8 +132,11 @@ def _without(clips: np.ndarray, lost: np.ndarray) -> np.ndarray:
     return clips[~np.isin(clips, lost)] if len(lost) else clips
 
 
-def _hash(said: str, lost: np.ndarray, *, is_hash: bool) -> str:
-    """Hash what can be trained on: a run whose shards come back is not the same run, its order being another."""
-    if is_hash and not len(lost):
-        return said
-    return hashlib.sha256(said.encode() + lost.astype("<i8").tobytes()).hexdigest()
+def _hash(index: Index, lost: np.ndarray, *said: object) -> str:
+    """Hash what can be trained on: a run whose shards come back is not the same run, its order being another.
+
+    Of one whole corpus it is the index's own, which in a mixture covers the names and the corpora.
+    """
+    if not said and not len(lost):
+        return index.corpus_hash
+    return hashlib.sha256(f"{index.corpus_hash} {said}".encode() + lost.astype("<i8").tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """Several corpora in one run: exact shares in every epoch, each clip once per pass of its own corpus."""
 
+import shutil
 import time
 from collections import Counter
 
@@ -239,3 +240,29 @@ def test_a_share_that_is_no_clip_of_an_epoch_is_refused(corpora):
         mixed(sources=sources(corpora, noise=1, speech=999), draws_per_epoch=20)
     with pytest.raises(UserError, match="data.sources say where the shards are; null one"):
         data_of(corpora["music"], sources=sources(corpora, speech=1))
+
+
+def test_what_one_source_has_lost_is_counted_and_the_others_train(corpora, tmp_path):
+    """D8 in a mixture: the lost clips are those of the right source, and no clip is heard under another's name."""
+    shutil.copytree(corpora["speech"], tmp_path / "speech")
+    (tmp_path / "speech" / "shard-000001.tar").unlink()
+    damaged = sources(corpora, music=1.0, speech=1.0)
+    damaged["speech"]["shards"] = str(tmp_path / "speech")
+    with pytest.raises(UserError, match="shard-000001.tar is missing"):
+        mixed(sources=damaged)
+    data = mixed(sources=damaged, damaged_shards="skip")
+    whole = mixed(sources=sources(corpora, music=1.0, speech=1.0))
+    assert {data.index.key(i) for i in data.bad_clips.lost} == {f"speech/k{i:02d}" for i in range(15, 30)}
+    assert (data.num_clips, whole.num_clips) == (9 + 15, 9 + 30) and data.corpus_hash != whole.corpus_hash
+    batches = train_batches(data, max_steps=12)
+    assert len(set(keys_of(batches))) == 24 and not any(batch.skipped for batch in batches)
+
+
+def test_a_source_with_nothing_left_is_named(corpora, tmp_path):
+    shutil.copytree(corpora["noise"], tmp_path / "noise")
+    for shard in (tmp_path / "noise").glob("*.tar"):
+        shard.unlink()
+    damaged = sources(corpora, music=1.0, noise=1.0)
+    damaged["noise"]["shards"] = str(tmp_path / "noise")
+    with pytest.raises(UserError, match="data.sources.noise: 0 clips to train on"):
+        mixed(sources=damaged, damaged_shards="skip")
