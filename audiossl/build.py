@@ -23,11 +23,13 @@ FIXED = {  # what a resumed run must have in common with the run it resumes; Non
         *("fraction_seed", "sampling", "sampling_offset", "sampling_reduce", "replacement", "draws_per_epoch"),
         "shuffle_shards",
     ),
-    "optim": ("weight_decay", "betas", "eps"),
+    "optim": ("adamw", "betas", "eps", "weight_decay", "final_weight_decay", "decay"),
 }
 
-
-UNSAID = {"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"}  # in old checkpoints
+UNSAID = {  # what checkpoints from before these keys were made with
+    **{"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"},
+    **{"adamw": "torch", "decay": "matrices"},
+}
 
 
 def method_from_config(config: dict[str, Any]) -> nn.Module:

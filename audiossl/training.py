@@ -21,6 +21,7 @@ import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from audiossl import report
+from audiossl.alarm import CollapseAlarm
 from audiossl.build import check_same_run, load_initial_weights, method_from_config
 from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.checkpoint_files import step_of
@@ -39,6 +40,8 @@ from audiossl.signals import PREEMPTED, Preempted
 from audiossl.trace import Trace
 
 log = logging.getLogger(__name__)
+
+PASST_SHARES = "optim.warmup_ratio=0.04 optim.ramp_down=[0.4,0.4]"  # 5, 50 and 50 of some 130 epochs
 
 
 class RunData(pl.LightningDataModule):
@@ -151,9 +154,10 @@ def _layout(trainer: dict[str, Any]) -> Layout:
 def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
     settled = optim.in_steps(steps_per_epoch, max_steps)
     if settled.warmup_steps > max_steps:
+        shares = "optim.warmup_ratio=0.1" if optim.ramp_down is None else PASST_SHARES
         raise UserError(
-            f"optim.warmup_epochs={optim.warmup_epochs} is {settled.warmup_steps} steps here, more than the run's "
-            f"{max_steps}; for a short one take optim.warmup_epochs=null optim.warmup_ratio=0.1"
+            f"optim.warmup_epochs={optim.warmup_epochs} is {settled.warmup_steps:g} steps here, more than the run's "
+            f"{max_steps}; for a short one take optim.warmup_epochs=null {shares}"
         )
     return settled
 
@@ -183,6 +187,7 @@ def _callbacks(
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
         Rows(metrics),
+        CollapseAlarm(**config["alarm"]),
         checkpoint,
         Preemption(checkpoint),
     ]
