@@ -31,8 +31,8 @@ PRETRAIN = Spec(
         "pictures": {"every_steps": "int", "clips": "int"},
     },
     code_args={
-        "model": ("frontend",),
-        "data": ("default_rate_hz", "run_dir"),
+        "model": ("frontend", "num_classes"),
+        "data": ("default_rate_hz", "run_dir", "needs_labels"),
         "trainer": (
             "logger",
             "callbacks",
