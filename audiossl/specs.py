@@ -32,8 +32,8 @@ PRETRAIN = Spec(
         "pictures": {"every_steps": "int", "clips": "int"},
     },
     code_args={
-        "model": ("frontend",),
-        "data": ("default_rate_hz", "run_dir"),
+        "model": ("frontend", "num_classes"),
+        "data": ("default_rate_hz", "run_dir", "needs_labels"),
         "optim": ("steps_per_epoch",),
         "trainer": (
             "logger",

@@ -38,7 +38,7 @@ def demo_data(batch_size=4):
     return ShardData(
         shards=str(ROOT / "demo" / "shards"), rate_hz=16000, batch_size=batch_size, num_workers=0, crop_seconds=0.7,
         padding="cyclic", validation_clips=0, split="train", cache_mb=0, mean=-8.0, std=5.0, default_rate_hz=16000,
-        run_dir=None, **EVERY_CLIP_ONCE, **NO_DAMAGE,
+        run_dir=None, validation_split=None, needs_labels=False, **EVERY_CLIP_ONCE, **NO_DAMAGE,
     )  # fmt: skip
 
 
