@@ -32,6 +32,7 @@ from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
+from audiossl.memory import Memory
 from audiossl.optim import OptimSettings
 from audiossl.preemption import Preemption
 from audiossl.pretraining import Pretraining
@@ -55,15 +56,23 @@ class RunData(pl.LightningDataModule):
         self.data, self.max_steps, self.seed, self.crop_samples = data, max_steps, seed, crop_samples
 
     def train_dataloader(self):
+        return self._train_loader(self.trainer.global_step, self.max_steps, is_replay=False)
+
+    def replay(self, first_step: int, last_step: int):
+        """Serve this rank's micro-batches of the optimiser steps [first_step, last_step) once more."""
+        return self._train_loader(first_step, last_step, is_replay=True)
+
+    def _train_loader(self, start_step: int, max_steps: int, *, is_replay: bool):
         trainer = self.trainer
         return self.data.train_loader(
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
-            start_step=trainer.global_step,
-            max_steps=self.max_steps,
+            start_step=start_step,
+            max_steps=max_steps,
             seed=self.seed,
             crop_samples=self.crop_samples,
+            is_replay=is_replay,
         )
 
     def val_dataloader(self):
@@ -98,14 +107,15 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         waveform_rate_hz=data.rate_hz,
         seed=config["seed"],
     )
-    samples = _crop_samples(config["data"], method.frontend, data.rate_hz)
+    samples = _crop_samples(config["data"], method, data.rate_hz)
     run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
     accounts = Accounts(data.bad_clips, held_out=data.held_out)
     classes = _class_scores(method, data, vocabulary, run_dir)
-    callbacks = [accounts, *classes, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
+    memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
+    callbacks = [accounts, *memory, *classes, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -189,13 +199,15 @@ def _max_steps(trainer: dict[str, Any], clips_per_epoch: int, global_batch: int)
     return math.ceil(trainer["max_epochs"] * clips_per_epoch / global_batch)
 
 
-def _crop_samples(data: dict[str, Any], frontend, rate_hz: int) -> int:
-    """Count the samples of a crop at the loader's rate: as long as asked for, else what fills the frames."""
+def _crop_samples(data: dict[str, Any], method, rate_hz: int) -> int:
+    """Count the samples of a crop at the loader's rate: as long as asked for, as the method wants, or as the frames."""
+    frontend = method.frontend
     if data["crop_seconds"] is not None:
         return round(data["crop_seconds"] * rate_hz)
     if frontend.frames is None:
         raise UserError("data.crop_seconds and frontend.seconds are both null; say how long a crop is")
-    return math.ceil(frontend.samples_for(frontend.frames) * rate_hz / frontend.rate_hz)
+    samples = getattr(method, "crop_samples", None) or frontend.samples_for(frontend.frames)
+    return math.ceil(samples * rate_hz / frontend.rate_hz)
 
 
 def _callbacks(
