@@ -41,7 +41,9 @@ class BatchNorm1d(nn.BatchNorm1d):
         count = summed[-1:].detach()
         mean = summed[:-1] / count.clamp(min=1)
         centred = values - mean.view(shape)
-        variance = _over_ranks(centred.square().sum(axes)) / count.clamp(min=1)  # in two passes, as torch: no cancelling
+        variance = _over_ranks(centred.square().sum(axes)) / count.clamp(
+            min=1
+        )  # two passes: no cancelling
         self._remember(mean.detach(), variance.detach(), count)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         return torch.addcmul(self.bias.view(shape), normalised, self.weight.view(shape)) if self.affine else normalised

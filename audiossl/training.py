@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import warnings
@@ -38,6 +37,7 @@ from audiossl.preemption import Preemption
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
+from audiossl.rundata import RunData, crop_samples, max_steps_of
 from audiossl.settings import instantiate
 from audiossl.shards import ShardData
 from audiossl.signals import PREEMPTED, Preempted
@@ -46,40 +46,6 @@ from audiossl.trace import Trace
 log = logging.getLogger(__name__)
 
 PASST_SHARES = "optim.warmup_ratio=0.04 optim.ramp_down=[0.4,0.4]"  # 5, 50 and 50 of some 130 epochs
-
-
-class RunData(pl.LightningDataModule):
-    """Hand the trainer the loaders of this rank, from the optimiser step it stands at."""
-
-    def __init__(self, data: ShardData, *, max_steps: int, seed: int, crop_samples: int):
-        super().__init__()
-        self.data, self.max_steps, self.seed, self.crop_samples = data, max_steps, seed, crop_samples
-
-    def train_dataloader(self):
-        return self._train_loader(self.trainer.global_step, self.max_steps, is_replay=False)
-
-    def replay(self, first_step: int, last_step: int):
-        """Serve this rank's micro-batches of the optimiser steps [first_step, last_step) once more."""
-        return self._train_loader(first_step, last_step, is_replay=True)
-
-    def _train_loader(self, start_step: int, max_steps: int, *, is_replay: bool):
-        trainer = self.trainer
-        return self.data.train_loader(
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            start_step=start_step,
-            max_steps=max_steps,
-            seed=self.seed,
-            crop_samples=self.crop_samples,
-            is_replay=is_replay,
-        )
-
-    def val_dataloader(self):
-        loader = self.data.validation_loader(
-            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.crop_samples
-        )
-        return loader if loader is not None else []
 
 
 def fit(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +61,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     data, method, vocabulary = _build(config, run_dir)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
-    max_steps = _max_steps(config["trainer"], data.clips_per_epoch, global_batch)
+    max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
@@ -107,7 +73,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         waveform_rate_hz=data.rate_hz,
         seed=config["seed"],
     )
-    samples = _crop_samples(config["data"], method, data.rate_hz)
+    samples = crop_samples(config["data"], method, data.rate_hz)
     run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
@@ -191,23 +157,6 @@ def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> 
             f"{max_steps}; for a short one take optim.warmup_epochs=null {shares}"
         )
     return settled
-
-
-def _max_steps(trainer: dict[str, Any], clips_per_epoch: int, global_batch: int) -> int:
-    if trainer["max_steps"] is not None:
-        return trainer["max_steps"]
-    return math.ceil(trainer["max_epochs"] * clips_per_epoch / global_batch)
-
-
-def _crop_samples(data: dict[str, Any], method, rate_hz: int) -> int:
-    """Count the samples of a crop at the loader's rate: as long as asked for, as the method wants, or as the frames."""
-    frontend = method.frontend
-    if data["crop_seconds"] is not None:
-        return round(data["crop_seconds"] * rate_hz)
-    if frontend.frames is None:
-        raise UserError("data.crop_seconds and frontend.seconds are both null; say how long a crop is")
-    samples = getattr(method, "crop_samples", None) or frontend.samples_for(frontend.frames)
-    return math.ceil(samples * rate_hz / frontend.rate_hz)
 
 
 def _callbacks(

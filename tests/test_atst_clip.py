@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from atsts import Golden, build, train_steps
+from atsts import Golden, train_steps
 from conftest import golden_cases
-from maes import real_clips
 
-from audiossl.batch import Batch
-from audiossl.noise import Noise
 from audiossl.weights.atst import import_pretrained
 
 TRAINED = golden_cases("atst_clip_*train*")
