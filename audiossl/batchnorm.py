@@ -10,7 +10,21 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Add a tensor up over all ranks; backwards, the gradients of all ranks' sums."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.contiguous().clone()
+        if _is_distributed():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradient)
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -37,13 +51,12 @@ class BatchNorm1d(nn.BatchNorm1d):
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         axes, shape = ([0], (1, -1)) if values.ndim == 2 else ([0, 2], (1, -1, 1))
         rows = values.new_full((1,), values.numel() // values.shape[1])
-        summed = _over_ranks(torch.cat([values.sum(axes), rows]))
+        summed = _SumOverRanks.apply(torch.cat([values.sum(axes), rows]))
         count = summed[-1:].detach()
         mean = summed[:-1] / count.clamp(min=1)
         centred = values - mean.view(shape)
-        variance = _over_ranks(centred.square().sum(axes)) / count.clamp(
-            min=1
-        )  # two passes: no cancelling
+        squares = _SumOverRanks.apply(centred.square().sum(axes))  # a pass of its own, as in torch: nothing cancels
+        variance = squares / count.clamp(min=1)
         self._remember(mean.detach(), variance.detach(), count)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         return torch.addcmul(self.bias.view(shape), normalised, self.weight.view(shape)) if self.affine else normalised
@@ -51,16 +64,11 @@ class BatchNorm1d(nn.BatchNorm1d):
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics, or leave them where no rank has a row."""
-        weight = self.momentum * (count > 0)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight.to(self.running_mean.dtype))
         unbiased = variance * count / (count - 1).clamp(min=1)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight.to(self.running_var.dtype))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), self.momentum * (count > 0).to(running.dtype))
         self.num_batches_tracked.add_(1)
 
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _over_ranks(values: Tensor) -> Tensor:
-    return all_reduce(values) if _is_distributed() else values
