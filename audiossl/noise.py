@@ -43,6 +43,10 @@ class Noise:
         everyone = torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device)
         return everyone[self.rows]
 
+    def shared(self, *shape: int) -> Tensor:
+        """Draw float32 in [0, 1) that all clips of the global batch share: `shape`."""
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
     def randint(self, high: int) -> int:
         """Draw one integer in [0, high), shared by the global batch."""
         return int(torch.randint(high, (1,), generator=self.generator, device=self.device))
