@@ -71,7 +71,9 @@ def clip_features(
         highest = torch.full((len(waveforms), encoder.width), -torch.inf)
         for windows in windows_of(frontend, waveforms, batch_size):
             grid = encoder.grid_for(windows.spectrogram)
-            tokens = encoder(windows.spectrogram)[:, 1:].float().cpu().unflatten(1, grid)  # (B, rows, columns, D)
+            tokens = (
+                encoder(windows.spectrogram)[:, encoder.num_class_tokens :].float().cpu().unflatten(1, grid)
+            )  # (B, rows, columns, D)
             middle = (torch.arange(grid[1]) + 0.5) * windows.spectrogram.shape[-1] / grid[1]
             middle[0] = 0  # a clip shorter than half a patch still has one column
             is_padding = middle >= windows.valid_frames[:, None]

@@ -1,9 +1,8 @@
 """What turns patches into features?
 
-A pre-norm vision transformer (2010.11929) over patch tokens and one class token. It has two visible steps, `embed`
-(patches to tokens, no positions yet) and `encode` (positions, then what is kept, then the blocks), so that methods
-which drop hidden patches and methods which replace them share it; it knows no method. Sizes as in Audio-MAE
-(2207.06405).
+A pre-norm vision transformer (2010.11929) over patch tokens and as many class tokens as a method wants. It has two
+visible steps, `embed` (patches to tokens, no positions yet) and `encode` (positions, then what is kept, then the
+blocks), so that methods which drop hidden patches and methods which replace them share it; it knows no method.
 """
 
 from __future__ import annotations
@@ -17,15 +16,20 @@ from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import take
-from audiossl.patches import PatchEmbed, SinCosPositions, grid_of
+from audiossl.patches import PatchEmbed, grid_of
+from audiossl.positions import build_positions
+
+PADDED = -10_000.0  # added to the attention to padding, as ATST's published code does
 
 
 class Encoder(nn.Module):
-    """Encode (B, 1, F, T) as (B, 1 + K, D), the class token first.
+    """Encode (B, 1, F, T) as (B, n + K, D), the n class tokens first.
 
     `frames` is the longest clip; shorter ones use the first columns of the position table. `patch` and `stride` are
-    (mel bands, frames). `drop_path` grows linearly from 0 at the first block to its value at the last.
-    `.geometry` rebuilds an equal encoder: `Encoder(**encoder.geometry)`.
+    (mel bands, frames). `num_class_tokens` is 1 for Audio-MAE and ATST-Clip, 0 for ATST-Frame, 2 for PaSST (class and
+    distillation). `drop_path` grows linearly from 0 at the first block to its value at the last. Linear layers start
+    Xavier-uniform; methods that want another start change it. `.geometry` rebuilds an equal encoder:
+    `Encoder(**encoder.geometry)`.
     """
 
     def __init__(
@@ -39,13 +43,15 @@ class Encoder(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float,
-        positions: Literal["published", "corrected"],
+        positions: Literal["published", "corrected", "learned", "time+frequency"],
         drop_path: float,
+        qkv_bias: bool = True,  # the defaults are for encoders exported before there was a choice
+        num_class_tokens: int = 1,
     ):
         super().__init__()
         patch, stride = tuple(patch), tuple(stride)
         self.grid = grid_of(num_mels, frames, patch, stride)
-        self.width, self.patch, self.stride = width, patch, stride
+        self.width, self.patch, self.stride, self.num_class_tokens = width, patch, stride, num_class_tokens
         self.geometry = dict(
             num_mels=num_mels,
             frames=frames,
@@ -57,15 +63,20 @@ class Encoder(nn.Module):
             mlp_ratio=mlp_ratio,
             positions=positions,
             drop_path=drop_path,
+            qkv_bias=qkv_bias,
+            num_class_tokens=num_class_tokens,
         )
         self.patch_embed = PatchEmbed(patch=patch, stride=stride, width=width)
-        self.positions = SinCosPositions(grid=self.grid, width=width, positions=positions, overlapping=stride != patch)
-        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        table = dict(grid=self.grid, width=width, num_class_tokens=num_class_tokens)
+        self.positions = build_positions(positions, **table, overlapping=stride != patch)
+        self.class_token = nn.Parameter(torch.empty(1, num_class_tokens, width)) if num_class_tokens else None
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
-        self.blocks = nn.ModuleList(vit_block(width, num_heads, mlp_ratio, rate) for rate in rates)
+        sizes = dict(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias)
+        self.blocks = nn.ModuleList(vit_block(**sizes, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_linear)
-        nn.init.normal_(self.class_token, std=0.02)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
 
     def grid_for(self, spectrogram: Tensor) -> tuple[int, int]:
         """Count rows and columns of the patches of (B, 1, F, T); raise `UserError` where it does not fit."""
@@ -84,45 +95,76 @@ class Encoder(nn.Module):
         self.grid_for(spectrogram)
         return self.patch_embed(spectrogram)
 
-    def encode(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encode tokens (B, N, D), or those at keep (B, K): positions, selection, class token, blocks, norm."""
-        tokens = self._sequence(tokens, keep)
+    def encode(
+        self, tokens: Tensor, keep: Tensor | None = None, *, valid: Tensor | None = None, first_column: int = 0
+    ) -> Tensor:
+        """Encode tokens (B, N, D), or those at keep (B, K): positions, selection, class tokens, blocks, norm.
+
+        `valid` (B, N) bool says which tokens are audio: nothing attends to the others, None for all. `first_column`
+        moves the clip along the position table. Returns (B, n + K, D), or (B, n + N, D).
+        """
+        tokens, mask = self._sequence(tokens, keep, valid, first_column)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, attn_mask=mask)
         return self.norm(tokens)
 
-    def encode_layers(self, tokens: Tensor, keep: Tensor | None = None, *, num_layers: int) -> list[Tensor]:
-        """Return what each of the last `num_layers` blocks gives, (B, 1 + K, D), the final norm applied to each."""
+    def encode_layers(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        *,
+        num_layers: int,
+        valid: Tensor | None = None,
+        first_column: int = 0,
+    ) -> list[Tensor]:
+        """Return what each of the last `num_layers` blocks gives, (B, n + K, D), the final norm applied to each."""
         assert 1 <= num_layers <= len(self.blocks), f"{num_layers} of {len(self.blocks)} blocks"
-        tokens, layers = self._sequence(tokens, keep), []
+        (tokens, mask), layers = self._sequence(tokens, keep, valid, first_column), []
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, attn_mask=mask)
             layers.append(tokens)
         return [self.norm(layer) for layer in layers[-num_layers:]]
 
-    def forward(self, spectrogram: Tensor, keep: Tensor | None = None) -> Tensor:
-        return self.encode(self.embed(spectrogram), keep)
+    def forward(self, spectrogram: Tensor, keep: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
+        return self.encode(self.embed(spectrogram), keep, valid=valid)
 
-    def _sequence(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        tokens = self.positions(tokens)
+    def _sequence(
+        self, tokens: Tensor, keep: Tensor | None, valid: Tensor | None, first_column: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put together what the blocks see, and what is added to their attention."""
+        tokens = self.positions(tokens, first_column)
         if keep is not None:
             tokens = take(tokens, keep)
-        # the class token's position is all zeros in the published table
-        class_token = self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1)
-        return torch.cat([class_token, tokens], dim=1)
+            valid = None if valid is None else valid.gather(1, keep)
+        if self.class_token is not None:
+            table = self.positions.class_table  # all zeros in Audio-MAE's published one
+            class_token = self.class_token if table is None else self.class_token + table
+            tokens = torch.cat([class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        if valid is None:
+            return tokens, None
+        ignored = torch.nn.functional.pad(~valid, (self.num_class_tokens, 0), value=False)
+        return tokens, (ignored.to(tokens.dtype) * PADDED)[:, None, None]
 
 
-def vit_block(width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> Block:
-    """Build the pre-norm block that encoder and global decoder share: biased qkv, LN epsilon 1e-6, exact GELU."""
+def vit_block(width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0, *, qkv_bias: bool = True) -> Block:
+    """Build the pre-norm block that encoder and global decoder share: LN epsilon 1e-6, exact GELU."""
     if width % num_heads:
         raise UserError(f"a width of {width} does not split into {num_heads} heads: change width or num_heads")
     norm = partial(nn.LayerNorm, eps=1e-6)
-    return Block(width, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=norm)
+    return Block(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=drop_path, norm_layer=norm)
 
 
 def init_linear(module: nn.Module) -> None:
     """Start a Linear as Audio-MAE does: Xavier-uniform weight, zero bias. Use with `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_truncated_normal(module: nn.Module) -> None:
+    """Start a Linear or a patch projection as timm's ViT and ATST do: truncated normal of .02, zero bias."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

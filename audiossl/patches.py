@@ -1,13 +1,10 @@
-"""How does a spectrogram become a sequence of tokens, and how does a token know where it lies?
+"""How does a spectrogram become a sequence of tokens?
 
 A grid of rows (frequency) x columns (time) of small patches covers the spectrogram; each patch is one linear
-projection. Fixed 2-D sine-cosine codes tell the cells apart: one half of the channels per axis. Patches as in ViT
-(2010.11929), with overlap as in AST (2104.01778); the codes as in MAE (2111.06377) and Audio-MAE (2207.06405).
+projection. Patches as in ViT (2010.11929), with overlap as in AST (2104.01778).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +17,8 @@ from audiossl.errors import UserError
 def grid_of(num_mels: int, frames: int, patch: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
     """Count rows and columns of patches. `patch` and `stride` are (mel bands, frames).
 
-    Without overlap the patches must cover the spectrogram exactly; with overlap a remainder that is shorter than the
-    stride is left out, as the published models do (1024 frames, stride 10: 101 columns).
+    Frames behind the last whole column are left out, as every published model does: 1001 frames make 250 columns of 4
+    (ATST), 1024 make 101 at stride 10 (Audio-MAE). Bands must be covered exactly unless patches overlap.
 
     Raises `UserError` where the sizes do not fit; it names the nearest that do.
     """
@@ -31,14 +28,20 @@ def grid_of(num_mels: int, frames: int, patch: tuple[int, int], stride: tuple[in
             raise UserError(f"model.stride={step} must lie between 1 and model.patch={extent}")
         if size < extent:
             raise UserError(f"{key} gives {size} {unit}, shorter than one patch: model.patch={extent}")
-        if step == extent and size % extent:
-            below = size // extent * extent
-            raise UserError(
-                f"{key} gives {size} {unit}, which model.patch={extent} does not divide; "
-                f"the nearest that fit are {below} and {below + extent} {unit}"
-            )
+    if stride[0] == patch[0]:
+        check_tiled("frontend.num_mels", "mel bands", num_mels, patch[0])
     rows, columns = ((size - p) // s + 1 for size, p, s in zip((num_mels, frames), patch, stride, strict=True))
     return rows, columns
+
+
+def check_tiled(key: str, unit: str, size: int, patch: int) -> None:
+    """Raise `UserError` where patches of `patch` leave a remainder of `size`; it names the nearest that have none."""
+    if size % patch:
+        below = size // patch * patch
+        raise UserError(
+            f"{key} gives {size} {unit}, which model.patch={patch} does not divide; "
+            f"the nearest that fit are {below} and {below + patch} {unit}"
+        )
 
 
 def patchify(spectrogram: Tensor, patch: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -88,63 +91,6 @@ def spread_from_visible(visible: Tensor, keep: Tensor, grid: tuple[int, int]) ->
     weights = (distance + 1e-3) ** -4
     weights = weights / weights.sum(-1, keepdim=True)
     return weights @ visible.mean(-1, keepdim=True), weights @ patch_std(visible)
-
-
-def sincos(places: Tensor, width: int) -> Tensor:
-    """Encode places (N,) as (N, width) float64: sines, then cosines, of wavelengths from 2 pi to 10000 x 2 pi."""
-    assert width % 2 == 0, f"{width} channels do not split into sines and cosines"
-    frequencies = 10000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = places.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def sincos_table(
-    grid: tuple[int, int], width: int, *, positions: Literal["published", "corrected"], overlapping: bool
-) -> Tensor:
-    """Build the table (rows, columns, D), in float64 rounded once to float32.
-
-    `corrected`: the first half of the channels encodes the row (frequency), the second the column (time).
-
-    `published`: what Audio-MAE's weights were trained with. Its table was made for (frequency, time) while its tokens
-    run n = column * rows + row, so that the first half encodes n mod columns and the second n div columns: fixed and
-    unique per cell, but not a code of frequency and time. Its overlapping patches were numbered right.
-    """
-    if width % 4:
-        raise UserError(
-            f"a width of {width} does not split into sines and cosines of two axes: make it a multiple of 4"
-        )
-    rows, columns = grid
-    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    first, second = row, column
-    if positions == "published" and not overlapping:
-        number = column * rows + row
-        first, second = number % columns, number // columns
-    codes = torch.cat([sincos(first, width // 2), sincos(second, width // 2)], dim=1)
-    return codes.float().reshape(rows, columns, width)
-
-
-class SinCosPositions(nn.Module):
-    """Add the fixed code of its cell to every token; clips shorter than the table take its first columns.
-
-    The table is a persistent buffer: an exported model carries the codes it was trained with.
-    """
-
-    table: Tensor
-
-    def __init__(
-        self, *, grid: tuple[int, int], width: int, positions: Literal["published", "corrected"], overlapping: bool
-    ):
-        super().__init__()
-        if positions not in ("published", "corrected"):
-            raise UserError(f"model.positions={positions!r}: choose published or corrected")
-        self.register_buffer("table", sincos_table(grid, width, positions=positions, overlapping=overlapping))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return tokens (B, N, D) plus their positions; N must be whole columns of the table."""
-        rows, columns, width = self.table.shape
-        used, rest = divmod(tokens.shape[1], rows)
-        assert rest == 0 and used <= columns, f"{tokens.shape[1]} tokens do not fit a table of {rows} x {columns}"
-        return tokens + self.table[:, :used].reshape(1, -1, width).to(tokens.dtype)
 
 
 class PatchEmbed(nn.Module):

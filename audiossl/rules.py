@@ -207,7 +207,8 @@ def _count_patches(size: int, patch: int, stride: int, key: str, values: Mapping
         raise UserError(
             f"{key}={values[key]}: {size} {what} are less than one patch of {patch}; give at least {patch * unit:g}"
         )
-    if stride == patch and size % patch:
+    must_tile = unit == 1 or "model.decoder" in values  # a decoder predicts every frame; other methods drop a rest
+    if stride == patch and size % patch and must_tile:
         fits = [n * unit for n in (size // patch * patch, -(-size // patch) * patch)]
         raise UserError(
             f"{key}={values[key]}: {size} {what} do not divide into patches of {patch}; "

@@ -96,7 +96,6 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only(clips):
     ("shape", "said"),
     [
         ((1, 1, 64, 112), "112 frames for a model of at most 96"),
-        ((1, 1, 64, 90), "80 and 96"),
         ((1, 1, 64, 12), "shorter than one patch"),
         ((1, 1, 128, 96), "128 mel bands for a model of 64"),
     ],
@@ -123,3 +122,60 @@ def test_any_length_that_fits_is_encoded(frames, stride):
     rows, columns = model.grid_for(torch.zeros(1, 1, 128, frames))
     with torch.no_grad():
         assert model(torch.zeros(1, 1, 128, frames)).shape == (1, 1 + rows * columns, 24)
+
+
+ATST_FRAME = dict(patch=(64, 4), stride=(64, 4), positions="learned", num_class_tokens=0, qkv_bias=False)
+KINDS = {
+    "audiomae": dict(),
+    "atst_clip": ATST_FRAME | dict(num_class_tokens=1),
+    "atst_frame": ATST_FRAME,
+    "passt": dict(stride=(10, 10), positions="time+frequency", num_class_tokens=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing_of_what_is_audio(kind, clips):
+    model = encoder(**KINDS[kind])
+    valid = torch.ones(2, model.grid[0] * model.grid[1], dtype=torch.bool)
+    valid[0].view(model.grid)[:, 3:] = False
+    tokens = model.embed(clips)
+    other = torch.where(valid[:, :, None], tokens, 9.0)
+    audio = torch.nn.functional.pad(valid, (model.num_class_tokens, 0), value=True)
+    torch.testing.assert_close(model.encode(other, valid=valid)[audio], model.encode(tokens, valid=valid)[audio])
+    assert not torch.allclose(model.encode(tokens, valid=valid)[0], model.encode(tokens)[0], atol=1e-4)
+    keep = torch.arange(0, valid.shape[1], 2).expand(2, -1)
+    seen = audio[:, : model.num_class_tokens + keep.shape[1]].clone()
+    seen[:, model.num_class_tokens :] = valid[:, ::2]
+    shown = [model.encode(t, keep, valid=valid)[seen] for t in (tokens, other)]
+    torch.testing.assert_close(*shown)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_rebuilt_from_its_geometry_and_gives_its_layers(kind, clips):
+    model = encoder(**KINDS[kind])
+    again = Encoder(**yaml.safe_load(yaml.safe_dump(model.geometry))).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(clips), model(clips))
+    assert model(clips).shape[1] == model.num_class_tokens + model.grid[0] * model.grid[1]
+    layers = model.encode_layers(model.embed(clips), num_layers=3)
+    assert len(layers) == 3 and torch.equal(layers[-1], model(clips))
+
+
+@pytest.mark.parametrize("kind", ["atst_clip", "atst_frame", "passt"])
+def test_a_shorter_clip_takes_the_columns_it_is_told_to(kind, clips):
+    model = encoder(**KINDS[kind])
+    short = model.embed(clips[..., :48])
+    moved = [model.encode(short, first_column=column) for column in (0, 1)]
+    assert not torch.allclose(*moved, atol=1e-5)
+    with torch.no_grad():
+        for table in (getattr(model.positions, "table", None), getattr(model.positions, "time", None)):
+            if table is not None:
+                table.copy_(table.roll(-1, dims=1))
+    torch.testing.assert_close(model.encode(short), moved[1])
+
+
+def test_every_parameter_of_every_kind_is_used(clips):
+    for kind, changes in KINDS.items():
+        model = encoder(**changes)
+        model(clips).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters()), kind

@@ -5,20 +5,19 @@ import torch
 from conftest import golden_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maes import published
+from maes import audiomae, published
 from safetensors.torch import load_file
 
 from audiossl.errors import UserError
 from audiossl.patches import (
     PatchEmbed,
-    SinCosPositions,
     grid_of,
     normalise_patches,
     patchify,
-    sincos_table,
     spread_from_visible,
     unpatchify,
 )
+from audiossl.positions import SinCosPositions, sincos_table
 from audiossl.weights.audiomae import cut_positions, resize_image_positions, rgb_to_mono
 
 POSITIONS = golden_cases("posembed_mae")
@@ -76,7 +75,6 @@ def test_grids_are_the_published_ones(num_mels, frames, patch, stride, grid):
 @pytest.mark.parametrize(
     ("num_mels", "frames", "stride", "said"),
     [
-        (128, 1000, 16, "frontend.seconds gives 1000 frames, which model.patch=16 .* 992 and 1008"),
         (100, 1024, 16, "frontend.num_mels gives 100 mel bands, .* 96 and 112"),
         (128, 15, 10, "frontend.seconds gives 15 frames, shorter than one patch: model.patch=16"),
         (128, 1024, 0, "model.stride=0"),
@@ -86,6 +84,28 @@ def test_grids_are_the_published_ones(num_mels, frames, patch, stride, grid):
 def test_sizes_that_do_not_fit_name_the_nearest_that_do(num_mels, frames, stride, said):
     with pytest.raises(UserError, match=said):
         grid_of(num_mels, frames, (16, 16), (stride, stride))
+
+
+@pytest.mark.parametrize(
+    "num_mels, frames, patch, stride, grid",
+    [
+        (64, 1001, (64, 4), (64, 4), (1, 250)),  # ATST: 10 s
+        (64, 601, (64, 4), (64, 4), (1, 150)),
+        (128, 998, (16, 16), (16, 16), (8, 62)),  # PaSST, no overlap
+        (128, 998, (16, 16), (10, 10), (12, 99)),
+        (128, 1000, (16, 16), (12, 12), (10, 83)),
+        (128, 998, (16, 16), (14, 14), (9, 71)),
+    ],
+)
+def test_frames_behind_the_last_column_are_left_out_as_published(num_mels, frames, patch, stride, grid):
+    assert grid_of(num_mels, frames, patch, stride) == grid
+    embedded = PatchEmbed(patch=patch, stride=stride, width=4)(torch.randn(1, 1, num_mels, frames))
+    assert embedded.shape[1] == grid[0] * grid[1]
+
+
+def test_a_method_that_predicts_every_frame_refuses_a_remainder():
+    with pytest.raises(UserError, match="frontend.seconds gives 1000 frames, which model.patch=16 .* 992 and 1008"):
+        audiomae(1000)
 
 
 def test_normalised_patches_have_mean_0_and_unbiased_variance_1():

@@ -212,7 +212,7 @@ def test_padding_is_no_part_of_the_features(encoder, frontend):
     clip = noise_clips(frontend.samples_for(32))
 
     class Loud(nn.Module):
-        grid, width = encoder.grid, encoder.width
+        grid, width, num_class_tokens = encoder.grid, encoder.width, 1
 
         def grid_for(self, spectrogram):
             return self.grid

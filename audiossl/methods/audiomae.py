@@ -17,7 +17,8 @@ from audiossl.encoder import Encoder, init_linear, vit_block
 from audiossl.errors import UserError
 from audiossl.masking import Masking, hidden, keep_to_mask, take
 from audiossl.noise import Noise
-from audiossl.patches import SinCosPositions, normalise_patches, patchify, spread_from_visible, unpatchify
+from audiossl.patches import check_tiled, normalise_patches, patchify, spread_from_visible, unpatchify
+from audiossl.positions import SinCosPositions
 from audiossl.windows import LocalBlock, check_windows, shift_mask, shift_of
 
 GLOBAL_BLOCKS_OF_HYBRID = 4  # paper: local layers first, the last four attend globally
@@ -151,6 +152,8 @@ class AudioMAE(nn.Module):
         super().__init__()
         if frontend.frames is None:
             raise UserError("frontend.seconds=null: Audio-MAE needs a fixed length, frontend.seconds=10.24 for example")
+        if stride == patch:  # every frame is to be predicted
+            check_tiled("frontend.seconds", "frames", frontend.frames, patch)
         self.frontend = frontend
         self.norm_target = norm_target
         self.masking = Masking(mask, mask_ratio, mask_ratio_time, mask_ratio_frequency)
