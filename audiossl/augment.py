@@ -25,7 +25,7 @@ def amplify(waveform: Tensor, decibels: Tensor) -> Tensor:
 
 
 def roll(waveform: Tensor, shift: Tensor) -> Tensor:
-    """Move waveforms (B, S) by shift (B,) int64 samples, each by its own; what leaves at one end returns at the other."""
+    """Move waveforms (B, S) by shift (B,) int64 samples, each by its own; the ends are joined."""
     samples = waveform.shape[1]
     source = (torch.arange(samples, device=waveform.device) - shift[:, None]) % max(samples, 1)
     return waveform.gather(1, source)

@@ -102,7 +102,7 @@ def test_shifts_reach_both_ends_of_their_range():
 
 
 def test_half_of_the_clips_are_mixed_and_the_others_left_alone():
-    waveform, target = real_clips(8, seconds=0.5).repeat(50, 1), torch.eye(400)
+    waveform, target = torch.randn(400, 50, generator=torch.Generator().manual_seed(2)), torch.eye(400)
     augmentation = WaveformAugmentation(**NO_WAVES | dict(mixup_probability=0.5))
     mixed, mixed_target = augmentation(waveform, target, noise(400))
     untouched = (mixed == waveform).all(1)
@@ -186,4 +186,5 @@ def test_settings_outside_their_range_are_named(kind, changes, said):
 
 
 def test_decibels_are_of_amplitude():
-    assert torch.allclose(amplify(torch.ones(2, 1), torch.tensor([20.0, -6.0]))[:, 0], torch.tensor([10.0, 0.5012]))
+    louder = amplify(torch.ones(2, 1), torch.tensor([20.0, -6.0]))[:, 0]
+    torch.testing.assert_close(louder, torch.tensor([10.0, 0.501187]))
