@@ -68,7 +68,7 @@ class Patchout:
 
 
 class PaSST(nn.Module):
-    """Train `encoder` and `head` to name what is heard in a clip, from labels: `batch.target` (B, num_classes) in [0, 1].
+    """Train `encoder` and `head` to name what is heard, from labels: `batch.target` (B, num_classes) in [0, 1].
 
     Features are the mean of class and distillation token (`distilled: false`: the class token), logits the head of
     them. `position_frames` is the longest clip the positions reach, null for the front end's length; longer clips are
