@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Batch:
     spectrogram: Tensor | None = None  # (B, 1, F, T), for a caller who has no waveform
     rows: Tensor | None = None  # (B,) int64
     key: list[str] = field(default_factory=list)
-    target: Tensor | None = None
+    target: Tensor | None = None  # (B, C) float32, 1 for each of a clip's labels; only where the method needs them
     skipped: list[Skipped] = field(default_factory=list)  # the clips left out
 
     def __len__(self) -> int:
@@ -47,3 +48,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Pin every tensor, as a `DataLoader` with `pin_memory` asks."""
         return replace(self, **{n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+def multi_hot(labels: Sequence[Iterable[int]], num_classes: int) -> Tensor:
+    """Turn the label ids of B clips into targets: (B, num_classes) float32, 1 for each label of a clip, else 0."""
+    target = torch.zeros(len(labels), num_classes)
+    for row, ids in zip(target, labels, strict=True):
+        row[list(ids)] = 1
+    return target

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from audiossl.errors import UserError
-from audiossl.settings import instantiate
+from audiossl.settings import find_target, instantiate
 from audiossl.weights.initial import describe_mismatch, encoder_weights
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 
@@ -19,20 +21,43 @@ FIXED = {  # what a resumed run must have in common with the run it resumes; Non
     "model": None,
     "frontend": None,
     "data": (
-        *("split", "validation_clips", "crop_seconds", "padding", "rate_hz", "fraction", "fraction_by"),
-        *("fraction_seed", "sampling", "sampling_offset", "sampling_reduce", "replacement", "draws_per_epoch"),
-        "shuffle_shards",
+        *("split", "validation_clips", "validation_split", "crop_seconds", "padding", "rate_hz"),
+        *("fraction", "fraction_by", "fraction_seed", "sampling", "sampling_offset", "sampling_reduce"),
+        *("replacement", "draws_per_epoch", "shuffle_shards"),
     ),
-    "optim": ("weight_decay", "betas", "eps"),
+    "optim": ("adamw", "betas", "eps", "weight_decay", "final_weight_decay", "decay"),
+}
+
+UNSAID = {  # what checkpoints from before these keys were made with
+    **{"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"},
+    **{"adamw": "torch", "decay": "matrices"},
 }
 
 
-UNSAID = {"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"}  # in old checkpoints
+def needs_labels(config: dict[str, Any]) -> bool:
+    """Tell whether the config's method learns from labels: its class says so by an attribute `needs_labels`."""
+    return bool(getattr(find_target(config["model"]["_target_"]), "needs_labels", False))
 
 
-def method_from_config(config: dict[str, Any]) -> nn.Module:
-    """Build the front end and the method around it; `config` is plain and resolved."""
-    return instantiate(config["model"], frontend=instantiate(config["frontend"]))
+def takes_classes(config: dict[str, Any]) -> bool:
+    """Tell whether the config's method wants to know the number of classes, as `num_classes`."""
+    return "num_classes" in inspect.signature(find_target(config["model"]["_target_"])).parameters
+
+
+def method_from_config(
+    config: dict[str, Any], *, frontend: nn.Module | None = None, vocabulary: Sequence[str] | None = None
+) -> nn.Module:
+    """Build the front end, unless it is given, and the method around it; `config` is plain and resolved.
+
+    A method that takes `num_classes` gets the length of `vocabulary`, the labels of the shards.
+    Raises UserError where it takes one and there are no labels.
+    """
+    code_args: dict[str, Any] = {"frontend": instantiate(config["frontend"]) if frontend is None else frontend}
+    if takes_classes(config):
+        if not vocabulary:
+            raise UserError(f"model={config['model']['_target_']}: needs classes, and the shards have no label")
+        code_args["num_classes"] = len(vocabulary)
+    return instantiate(config["model"], **code_args)
 
 
 def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -46,7 +71,7 @@ def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if "audiossl" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of audiossl's train.py (it holds {', '.join(list(checkpoint)[:5])})")
     config = checkpoint["audiossl"]["config"]
-    method = method_from_config(config)
+    method = method_from_config(config, vocabulary=checkpoint["audiossl"]["provenance"].get("vocabulary"))
     weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
     method.load_state_dict(weights)
     return method.eval(), config
@@ -87,6 +112,7 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
     pairs |= {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
     for key in ("corpus_hash", "global_batch"):
         pairs[key] = (saved["provenance"][key], provenance[key])
+    pairs["vocabulary"] = (saved["provenance"].get("vocabulary"), provenance.get("vocabulary"))
     changed = [f"{k}: {_short(a)} -> {_short(b)}" for k, (a, b) in pairs.items() if a != b]
     if changed:
         raise UserError(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from audiossl.audio import AudioError, decode, probe, resample, to_int16
-from audiossl.batch import Batch, Skipped
+from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.errors import UserError
 from audiossl.remote import RemoteShard
 from audiossl.shardcache import mark_used
@@ -49,6 +49,7 @@ class ClipRequest(NamedTuple):
     num_frames: int  # at rate_hz, as the index has it
     rate_hz: int
     extension: str
+    labels: tuple[int, ...] | None = None  # positions in the vocabulary, for a method that needs them
 
 
 class Crop(NamedTuple):
@@ -59,6 +60,7 @@ class Crop(NamedTuple):
     waveform: np.ndarray | None
     num_samples: int
     skipped: Skipped | None
+    labels: tuple[int, ...] | None = None
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -93,7 +95,7 @@ class ClipDataset(torch.utils.data.Dataset):
         except AudioError as error:
             skipped = Skipped(request.key, request.shard, str(error), request.row)
             return Crop(request.row, request.key, None, 0, skipped)
-        return Crop(request.row, request.key, waveform, num_samples, None)
+        return Crop(request.row, request.key, waveform, num_samples, None, request.labels)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -248,8 +250,11 @@ class ShardFiles:
             os.close(descriptor)
 
 
-def collate(crops: list[Crop], crop_samples: int) -> Batch:
-    """Stack what could be read, (B, crop_samples) int16; B is smaller, at worst 0, where clips were skipped."""
+def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None) -> Batch:
+    """Stack what could be read, (B, crop_samples) int16; B is smaller, at worst 0, where clips were skipped.
+
+    With `num_classes` every crop has labels and the batch a `target`, float32 (B, num_classes): 1 for each of a clip's.
+    """
     good = [crop for crop in crops if crop.waveform is not None]
     waveform = np.stack([crop.waveform for crop in good]) if good else np.zeros((0, crop_samples), np.int16)
     return Batch(
@@ -257,5 +262,6 @@ def collate(crops: list[Crop], crop_samples: int) -> Batch:
         num_samples=torch.tensor([crop.num_samples for crop in good], dtype=torch.int64),
         rows=torch.tensor([crop.row for crop in good], dtype=torch.int64),
         key=[crop.key for crop in good],
+        target=None if num_classes is None else multi_hot([crop.labels for crop in good], num_classes),
         skipped=[crop.skipped for crop in crops if crop.skipped is not None],
     )

@@ -1,7 +1,8 @@
 """Which corpora does a run train on, and on which of their clips?
 
-One corpus (`data.shards`) or several (`data.sources`). From each, in this order: its split, the clips held out for
-validation, the fraction of the rest. So the clips held out are the same whatever the fraction, shares and seed.
+One corpus (`data.shards`) or several (`data.sources`). From each, in this order: its split, the clips with a label
+where the method needs one, the clips held out for validation, the fraction of the rest. So the clips held out are the
+same whatever the fraction, shares and seed. With `data.validation_split` those come from a split of their own instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from audiossl.errors import UserError
-from audiossl.index import Index
+from audiossl.index import Index, split_names
 from audiossl.mixture import JoinedIndex, largest_remainder
 from audiossl.shardcache import ShardCache
 from audiossl.subsets import hold_out, take_fraction
@@ -42,7 +43,8 @@ class Corpus:
     `shares` adds up to 1. One corpus of its own has the name "". `held_out` are clips of `index`. `hash` (hex) changes
     with any byte of any shard, with what is lost, and in a mixture with any name, split, share or fraction. `rates_hz`
     are those of the clips before the fraction was taken. `lost` are clips that would be in a pool or held out, were
-    their shards whole.
+    their shards whole. Where labels are needed, `hash` changes with any label too, and `num_unlabelled` counts the
+    clips left out for having none; it is 0 where they are not.
     """
 
     index: Index
@@ -53,6 +55,7 @@ class Corpus:
     shares: list[float]
     rates_hz: list[int]
     hash: str
+    num_unlabelled: int
 
     def some_of(self, clips: np.ndarray, num_clips: int) -> list[int]:
         """List the first of `clips` (of the index), equally many of each corpus; about `num_clips` at most."""
@@ -73,24 +76,26 @@ def load_corpus(
     fraction_by: Literal["random", "class"],
     fraction_seed: int,
     validation_clips: int,
+    validation_split: str | None,
+    needs_labels: bool,
     damaged_shards: Literal["stop", "skip"],
     cache: ShardCache,
 ) -> Corpus:
     """Load the indexes and choose clips; what each setting means is said in `shards.ShardData`.
 
-    Raises UserError for shards that are missing or without an index, an unknown split, more clips held out than there
-    are, and a fraction of nothing.
+    Raises UserError for shards that are missing or without an index, an unknown split, one that is both trained on and
+    validated on, more clips held out than there are, a fraction of nothing, and no label where labels are needed.
     """
     entries = {name: Source(**entry) for name, entry in sorted((sources or {}).items())} or {"": Source(shards=shards)}
     indexes = {name: _load(source.shards, damaged_shards, cache) for name, source in entries.items()}
-    chosen = [index.select(split=entries[name].split or split) for name, index in indexes.items()]
-    num_clips = [len(clips) for clips in chosen]
-    if validation_clips >= sum(num_clips):
-        raise UserError(
-            f"data.validation_clips={validation_clips}: only {sum(num_clips)} clips are there, and some must train"
-        )
-    held = map(hold_out, indexes.values(), chosen, largest_remainder(num_clips, validation_clips))
-    remaining, held_out = zip(*held, strict=True)
+    splits = [source.split or split for source in entries.values()]
+    chosen = [index.select(split=name) for index, name in zip(indexes.values(), splits, strict=True)]
+    apart = None if validation_split is None else _of_split(indexes, splits, validation_split)
+    num_chosen = sum(map(len, chosen))
+    if needs_labels:
+        chosen = _labelled(indexes, chosen)
+        apart = apart and _labelled(indexes, apart)
+    remaining, held_out = _held_out(list(indexes.values()), chosen, apart, validation_clips)
     pools, fractions = [], []
     for (name, source), clips in zip(entries.items(), remaining, strict=True):
         if not len(clips):
@@ -101,7 +106,6 @@ def load_corpus(
     weights = [float(len(pool)) for pool in pools] if None in weights else weights
     shares = [weight / sum(weights) for weight in weights]
     rates = [np.unique(index.rate_hz[clips]) for index, clips in zip(indexes.values(), chosen, strict=True)]
-    splits = [source.split or split for source in entries.values()]
     said = (splits, shares, fractions, fraction_by, fraction_seed)
     index = JoinedIndex(indexes) if sources else indexes[""]
     firsts = index.firsts if sources else [0]
@@ -117,7 +121,8 @@ def load_corpus(
         lost=lost,
         shares=shares,
         rates_hz=np.unique(np.concatenate(rates)).tolist(),
-        hash=_hash(index, lost, *(said if sources else ())),
+        hash=_hash(index, lost, *(said if sources else ()), *([_label_hash(index)] if needs_labels else [])),
+        num_unlabelled=num_chosen - sum(map(len, chosen)),
     )
 
 
@@ -126,6 +131,64 @@ def _load(shards: str, damaged_shards: Literal["stop", "skip"], cache: ShardCach
     if len(index) == 0:
         raise UserError(f"data.shards={shards}: 0 clips in {len(index.shards)} shards; nothing to train on")
     return index
+
+
+def _held_out(
+    indexes: list[Index], chosen: list[np.ndarray], apart: list[np.ndarray] | None, num_clips: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split the clips of each corpus into those to train on and those held out, which come from `apart` if given."""
+    pools = chosen if apart is None else apart
+    counts = [len(clips) for clips in pools]
+    if apart is not None and (num_clips == 0 or num_clips >= sum(counts)):
+        return chosen, apart
+    if num_clips >= sum(counts):
+        raise UserError(f"data.validation_clips={num_clips}: only {sum(counts)} clips are there, and some must train")
+    held = map(hold_out, indexes, pools, largest_remainder(counts, num_clips))
+    remaining, held_out = zip(*held, strict=True)
+    return list(remaining) if apart is None else chosen, list(held_out)
+
+
+def _of_split(indexes: Mapping[str, Index], splits: list[str | None], wanted: str) -> list[np.ndarray]:
+    """Select the clips to validate on, none from a corpus of a mixture that lacks the split."""
+    found = []
+    for (name, index), trained in zip(indexes.items(), splits, strict=True):
+        if name and wanted not in index.splits:
+            found.append(np.zeros(0, np.int64))
+            continue
+        found.append(index.select(split=wanted))
+        if trained is None or wanted in split_names(trained, index.splits):
+            where = f"data.sources.{name}.split" if name else "data.split"
+            others = "+".join(other for other in index.splits if other != wanted)
+            raise UserError(
+                f"data.validation_split={wanted}: {where}={trained or 'null'} trains on these clips too; train on "
+                f"others{f', {where}={others} for example' if others else ''}"
+            )
+    if not sum(map(len, found)):
+        known = sorted({split for index in indexes.values() for split in index.splits})
+        raise UserError(f"data.validation_split={wanted}: no source has this split; they have {known or 'no splits'}")
+    return found
+
+
+def _labelled(indexes: Mapping[str, Index], chosen: list[np.ndarray]) -> list[np.ndarray]:
+    """Keep the clips that have a label."""
+    left = []
+    for (name, index), clips in zip(indexes.items(), chosen, strict=True):
+        left.append(clips[np.diff(index.labels_of(clips)[1], prepend=0) > 0])
+        if len(clips) and not len(left[-1]):
+            raise UserError(
+                f"data.{f'sources.{name}.' if name else ''}shards: none of {len(clips)} clips of {index.path} has a "
+                "label, and this model learns from labels; pack them with a meta.csv that has a column label (or "
+                "labels), or take a model that needs none, such as model=audiomae"
+            )
+    return left
+
+
+def _label_hash(index: Index) -> str:
+    """Hash names and labels as the index has them: shards of the same bytes may be indexed with another vocabulary."""
+    named = hashlib.sha256("\n".join(index.vocabulary).encode("utf-8", "surrogateescape"))
+    for column in ("label_ends", "label_ids"):
+        named.update(np.ascontiguousarray(index.column(column)))
+    return named.hexdigest()
 
 
 def _without(clips: np.ndarray, lost: np.ndarray) -> np.ndarray:

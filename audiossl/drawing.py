@@ -52,6 +52,20 @@ class Drawing:
                 )
         return weights
 
+    def describe(self, corpus: Corpus, weights: list[np.ndarray] | None) -> str:
+        """Say what an epoch holds where it is not each clip once, and what is left out; "" where there is no more."""
+        notes = []
+        if (draws := self.clips_per_epoch(corpus)) != sum(map(len, corpus.pools)):
+            notes.append(f"of {draws} draws")
+        if corpus.names[0]:
+            parts = zip(corpus.names, corpus.shares, corpus.pools, strict=True)
+            notes += [f"{name}: {share:.1%} of the draws from {len(pool)} clips" for name, share, pool in parts]
+        if weights is not None and (idle := sum(int((w == 0).sum()) for w in weights)):
+            notes.append(f"{idle} clips without a label never come")
+        if corpus.num_unlabelled:
+            notes.append(f"{corpus.num_unlabelled} clips left out for having no label")
+        return f" ({', '.join(notes)})" if notes else ""
+
     def order(self, corpus: Corpus, weights: list[np.ndarray] | None, seed: int) -> Order:
         """Build the order of a run, `weights` as above; raises UserError where the clips do not suffice for it."""
         if not corpus.names[0]:

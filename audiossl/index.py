@@ -162,15 +162,16 @@ class Index:
         return found if isinstance(found, dict) else {}
 
     def select(self, split: str | None = None, folds: Sequence[int] | None = None) -> np.ndarray:
-        """Return ascending clip ids (int64) of a split and / or of some folds; all of them by default.
+        """Return ascending clip ids (int64) of a split ("a+b": of both) and / or of some folds; all by default.
 
         Raises UserError for a split or fold that no clip has, and when no clip is left.
         """
         chosen = np.ones(len(self), bool)
         if split is not None:
-            if split not in self.splits:
-                raise UserError(f"split '{split}' is not in {self.path}; it has {self.splits or 'no splits'}")
-            chosen &= self._columns["split"] == self.splits.index(split)
+            names = split_names(split, self.splits)
+            if absent := [name for name in names if name not in self.splits]:
+                raise UserError(f"split '{absent[0]}' is not in {self.path}; it has {self.splits or 'no splits'}")
+            chosen &= np.isin(self._columns["split"], [self.splits.index(name) for name in names])
         if folds is not None:
             there = np.unique(self.fold[self.fold >= 0]).tolist()
             if absent := sorted(set(folds) - set(there)):
@@ -212,6 +213,11 @@ class Index:
         ends = self.offset + self.size
         for i in np.flatnonzero((self.shard == shard) & (ends > num_bytes)).tolist():
             self.lost[i] = reason
+
+
+def split_names(split: str, known: Sequence[str]) -> list[str]:
+    """Take "a+b" apart, unless a split is called so."""
+    return [split] if split in known else split.split("+")
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:

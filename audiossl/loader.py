@@ -40,14 +40,23 @@ class Requests:
     """Turn a sampler's (row, turn, clip) into requests that a worker can answer without the index.
 
     `clips` (C,) are the index's clips that the sampler counts through. The crop of a clip is drawn from (seed, turn,
-    clip); with `seed` None every crop is the middle one.
+    clip); with `seed` None every crop is the middle one. `with_labels` sends the clips' labels along.
     """
 
-    def __init__(self, sampler: StepSampler | FixedSampler, index: Index, clips: np.ndarray, seed: int | None):
+    def __init__(
+        self,
+        sampler: StepSampler | FixedSampler,
+        index: Index,
+        clips: np.ndarray,
+        seed: int | None,
+        *,
+        with_labels: bool = False,
+    ):
         self.sampler = sampler
         self.index = index
         self.clips = clips
         self.seed = seed
+        self.num_classes = len(index.vocabulary) if with_labels else None
         self.shards = [str(shard) for shard in index.shards]
 
     def batch(self, number: int) -> list[ClipRequest]:
@@ -68,6 +77,7 @@ class Requests:
             num_frames=int(self.index.num_frames[i]),
             rate_hz=int(self.index.rate_hz[i]),
             extension=self.index.extension(i),
+            labels=None if self.num_classes is None else tuple(self.index.label_ids(i).tolist()),
         )
 
     def clips_of(self, number: int) -> dict[int, int]:
@@ -196,7 +206,7 @@ def make_loader(
             dataset,
             batch_sampler=requests,
             num_workers=num_workers,
-            collate_fn=partial(collate, crop_samples=dataset.crop_samples),
+            collate_fn=partial(collate, crop_samples=dataset.crop_samples, num_classes=requests.num_classes),
             pin_memory=torch.cuda.is_available(),
             timeout=poll_seconds if num_workers else 0,
             worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,

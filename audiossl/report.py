@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from audiossl.classscores import ClassScores
 from audiossl.plots import loss_figure
 from audiossl.probing import ProbeCallback
 from audiossl.reconstruct import write_reconstructions
@@ -30,9 +31,10 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
         getattr(method, "tokens_per_clip", "?"),
     )
     log.info(
-        "%d clips (%.2f h); %d steps x %d clips = %.1f epochs%s%s; everything goes to %s",
+        "%d clips (%.2f h)%s; %d steps x %d clips = %.1f epochs%s%s; everything goes to %s",
         data.num_clips,
         data.hours,
+        f", {data.num_validation_clips} to validate on" if data.num_validation_clips else "",
         max_steps,
         global_batch,
         max_steps * global_batch / data.clips_per_epoch,
@@ -43,10 +45,17 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
 
 
 def finish(
-    method: nn.Module, config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, step: int
+    method: nn.Module,
+    config: dict[str, Any],
+    run_dir: Path,
+    clips: list,
+    probe: ProbeCallback | None,
+    step: int,
+    classes: list[ClassScores],
+    vocabulary: list[str] | None,
 ) -> dict[str, Any]:
-    """Export the encoder, draw pictures and sound, print the closing table; give what goes into `results.json`."""
-    export_encoder(method, config, run_dir / "encoder.safetensors")
+    """Export the encoder, draw pictures and sound, print the closing tables; give what goes into `results.json`."""
+    export_encoder(method, config, run_dir / "encoder.safetensors", vocabulary=vocabulary)
     if clips and hasattr(method, "reconstruct"):
         write_reconstructions(method, clips, run_dir, seed=config["seed"])
     steps, loss, validation = read_losses(run_dir / "metrics.csv")
@@ -54,12 +63,16 @@ def finish(
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(_files_table(run_dir))
     results = {"loss": loss[-1] if loss else None, "val_loss": validation[-1][1] if validation else None}
+    for scores in classes:
+        console.print(scores.table())
+        results |= scores.results()
     if probe is None:
         return results
     probe.complete(method, step)
     console.print(_scores_table(probe.table()))
     history = {str(step): scores for step, scores in probe.history.items()}
-    return results | {"scores": probe.history[max(probe.history)], "history": history, "baseline": probe.baseline}
+    scores = probe.history[max(probe.history)] | results.get("scores", {})
+    return results | {"scores": scores, "history": history, "baseline": probe.baseline}
 
 
 def reconcile(log: logging.Logger, results: dict[str, Any]) -> None:
@@ -94,6 +107,7 @@ FILES = (
     ("reconstruction.png", "original, masked, reconstructed"),
     ("reconstruction.wav", "original, then reconstruction (Griffin-Lim)"),
     ("loss.png", "training and validation loss"),
+    ("per_class.csv", "how well each class is known: clips, AP, AUC, d'"),
     ("metrics.csv", "every number of the run"),
     ("config.yaml", "the resolved settings; provenance.json: versions, commit, corpus"),
 )

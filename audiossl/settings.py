@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -121,12 +121,17 @@ def instantiate(section: DictConfig | Mapping[str, Any], target: str | None = No
     is not allowed: the object must be defined in the package that its name begins with.
     """
     tree = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
-    target = tree.pop("_target_", None) or target
-    check_target("_target_", str(target))
+    function = find_target(str(tree.pop("_target_", None) or target))
     arguments = {k: instantiate(v) if isinstance(v, dict) and "_target_" in v else v for k, v in tree.items()}
+    return function(**arguments, **code_args)
+
+
+def find_target(target: str) -> Callable[..., Any]:
+    """Import the class or function at a dotted path; raises `UserError` as `instantiate` does."""
+    check_target("_target_", target)
     module, _, name = target.rpartition(".")
     function = getattr(importlib.import_module(module), name, None)
     home = getattr(function, "__module__", "")
     if not (inspect.isclass(function) or inspect.isfunction(function)) or home.split(".")[0] != target.split(".")[0]:
         raise UserError(f"_target_={target}: is not a class or function of {target.split('.')[0]}")
-    return function(**arguments, **code_args)
+    return function

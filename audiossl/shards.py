@@ -43,8 +43,10 @@ class ShardData:
     - batch_size: clips per process and micro-batch. num_workers: decoding processes, 0 for none.
     - crop_seconds: of each clip, null for what the front end's frames need; longer clips are cut at random, shorter
       ones repeated (padding "cyclic") or filled up with silence ("zeros").
-    - split: train on this split only, null for all clips. validation_clips: as many of those are held out, chosen by a
-      hash of their keys, so always the same ones; of several sources, in proportion to their clips.
+    - split: train on this split only ("a+b": on both), null for all clips. validation_clips: as many of those are held
+      out, chosen by a hash of their keys, so always the same ones; of several sources, in proportion to their clips.
+    - validation_split: validate on the clips of this split and hold none of the others out. validation_clips then says
+      how many of them, chosen as above: 0, or more than there are, takes all.
     - fraction: of the clips that are left, above 0 and up to 1; a smaller one lies inside a larger one. fraction_by:
       "random", or "class" for equally many clips of each class. fraction_seed: which of them, whatever the run's seed.
     - sampling: null for each clip once per epoch, or draws by label weights, 1000 / (offset + count) summed over a
@@ -61,6 +63,7 @@ class ShardData:
     - timeout_seconds: to wait for a batch before a worker is taken to hang; without workers nothing can watch.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
+    - needs_labels: the method does: batches have a `target`, and clips without a label are left out.
 
     Attributes: index, clips and held_out (arrays of clips of the index), rate_hz, corpus_hash, num_clips,
     num_validation_clips, clips_per_epoch, hours, bad_clips (this rank's ledger). Raises UserError for shards that are
@@ -79,6 +82,7 @@ class ShardData:
         crop_seconds: float | None,
         padding: Literal["cyclic", "zeros"],
         validation_clips: int,
+        validation_split: str | None,
         split: str | None,
         fraction: float,
         fraction_by: Literal["random", "class"],
@@ -100,6 +104,7 @@ class ShardData:
         std: float,
         default_rate_hz: int,
         run_dir: str | Path | None,
+        needs_labels: bool,
     ):
         given = dict(batch_size=batch_size, rate_hz=rate_hz, crop_seconds=crop_seconds, num_workers=num_workers)
         given |= dict(cache_mb=cache_mb, cache_gb=cache_gb, validation_clips=validation_clips)
@@ -109,8 +114,11 @@ class ShardData:
         drawing |= dict(replacement=replacement, draws_per_epoch=draws_per_epoch, shuffle_shards=shuffle_shards)
         chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
+        chosen |= dict(validation_split=validation_split)
         _check({**drawing, **chosen})
-        self.corpus = load_corpus(**chosen, damaged_shards=damaged_shards, cache=ShardCache.of(cache_dir, cache_gb))
+        cache = ShardCache.of(cache_dir, cache_gb)
+        self.corpus = load_corpus(**chosen, needs_labels=needs_labels, damaged_shards=damaged_shards, cache=cache)
+        self.needs_labels = needs_labels
         self.index = self.corpus.index
         self.bad_clips = self._ledger(run_dir, max_bad_fraction, max_bad_in_a_row)
         self.drawing = Drawing(**drawing)
@@ -139,16 +147,8 @@ class ShardData:
         return self.drawing.order(self.corpus, self._weights, seed)
 
     def describe_epoch(self) -> str:
-        """Say what an epoch holds where it is not each clip once; "" where it is."""
-        corpus, notes = self.corpus, []
-        if self.clips_per_epoch != self.num_clips:
-            notes.append(f"of {self.clips_per_epoch} draws")
-        if corpus.names[0]:
-            parts = zip(corpus.names, corpus.shares, corpus.pools, strict=True)
-            notes += [f"{name}: {share:.1%} of the draws from {len(pool)} clips" for name, share, pool in parts]
-        if self._weights is not None and (idle := sum(int((weights == 0).sum()) for weights in self._weights)):
-            notes.append(f"{idle} clips without a label never come")
-        return f" ({', '.join(notes)})" if notes else ""
+        """Say what an epoch holds where it is not each clip once, and what is left out; "" where there is no more."""
+        return self.drawing.describe(self.corpus, self._weights)
 
     def train_loader(
         self,
@@ -174,7 +174,7 @@ class ShardData:
             max_steps=max_steps,
             start_step=start_step,
         )
-        requests = Requests(sampler, self.index, self.clips, seed)
+        requests = Requests(sampler, self.index, self.clips, seed, with_labels=self.needs_labels)
         downloads = Downloads(requests, self.remote) if self.remote else None
         if downloads is not None:
             downloads.fetch_first()
@@ -195,7 +195,7 @@ class ShardData:
             num_clips=self.num_validation_clips, batch_size=self.batch_size, rank=rank, world_size=world_size
         )
         num_workers = min(1, self.num_workers)
-        requests = Requests(sampler, self.index, self.held_out, None)
+        requests = Requests(sampler, self.index, self.held_out, None, with_labels=self.needs_labels)
         return make_loader(
             self._dataset(crop_samples, num_workers),
             requests,

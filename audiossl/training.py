@@ -19,12 +19,15 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch import nn
 
 from audiossl import report
-from audiossl.build import check_same_run, load_initial_weights, method_from_config
+from audiossl.alarm import CollapseAlarm
+from audiossl.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
 from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
+from audiossl.classscores import ClassScores
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.ledger import Accounts
@@ -34,11 +37,14 @@ from audiossl.preemption import Preemption
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
+from audiossl.settings import instantiate
 from audiossl.shards import ShardData
 from audiossl.signals import PREEMPTED, Preempted
 from audiossl.trace import Trace
 
 log = logging.getLogger(__name__)
+
+PASST_SHARES = "optim.warmup_ratio=0.04 optim.ramp_down=[0.4,0.4]"  # 5, 50 and 50 of some 130 epochs
 
 
 class RunData(pl.LightningDataModule):
@@ -77,14 +83,12 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     layout = _layout(config["trainer"])
-    torch.manual_seed(config["seed"])  # the initial weights
-    method = method_from_config(config)
-    data = ShardData(**config["data"], default_rate_hz=method.frontend.rate_hz, run_dir=run_dir)
+    data, method, vocabulary = _build(config, run_dir)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
     max_steps = _max_steps(config["trainer"], data.clips_per_epoch, global_batch)
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
-    provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch}
+    provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
     module = Pretraining(
         method,
@@ -100,7 +104,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
     accounts = Accounts(data.bad_clips, held_out=data.held_out)
-    callbacks = [accounts, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
+    classes = _class_scores(method, data, vocabulary, run_dir)
+    callbacks = [accounts, *classes, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -112,12 +117,31 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         raise Preempted(PREEMPTED)
     results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
     results |= accounts.add_up()
+    for scores in classes:
+        scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
-        results |= report.finish(method, config, run_dir, clips, probe, trainer.global_step)
+        results |= report.finish(method, config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
     return results
+
+
+def _build(config: dict[str, Any], run_dir: Path) -> tuple[ShardData, nn.Module, list[str] | None]:
+    """Build front end, data and method; the vocabulary is None for a method that wants to know of none."""
+    frontend = instantiate(config["frontend"])
+    with_labels = needs_labels(config)
+    data = ShardData(**config["data"], default_rate_hz=frontend.rate_hz, run_dir=run_dir, needs_labels=with_labels)
+    vocabulary = data.index.vocabulary if with_labels or takes_classes(config) else None
+    torch.manual_seed(config["seed"])  # the initial weights
+    return data, method_from_config(config, frontend=frontend, vocabulary=vocabulary), vocabulary
+
+
+def _class_scores(method: nn.Module, data: ShardData, vocabulary: list[str] | None, run_dir: Path) -> list[ClassScores]:
+    """Score the classes where the method can name them and there are clips to validate on: one callback, or none."""
+    if not (data.needs_labels and hasattr(method, "logits") and data.num_validation_clips):
+        return []
+    return [ClassScores(vocabulary=vocabulary, folder=run_dir, others=getattr(method, "averages", dict))]
 
 
 def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any]) -> Path | None:
@@ -151,9 +175,10 @@ def _layout(trainer: dict[str, Any]) -> Layout:
 def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
     settled = optim.in_steps(steps_per_epoch, max_steps)
     if settled.warmup_steps > max_steps:
+        shares = "optim.warmup_ratio=0.1" if optim.ramp_down is None else PASST_SHARES
         raise UserError(
-            f"optim.warmup_epochs={optim.warmup_epochs} is {settled.warmup_steps} steps here, more than the run's "
-            f"{max_steps}; for a short one take optim.warmup_epochs=null optim.warmup_ratio=0.1"
+            f"optim.warmup_epochs={optim.warmup_epochs} is {settled.warmup_steps:g} steps here, more than the run's "
+            f"{max_steps}; for a short one take optim.warmup_epochs=null {shares}"
         )
     return settled
 
@@ -183,6 +208,7 @@ def _callbacks(
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
         Rows(metrics),
+        CollapseAlarm(**config["alarm"]),
         checkpoint,
         Preemption(checkpoint),
     ]

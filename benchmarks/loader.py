@@ -58,7 +58,7 @@ def clips_per_second(shards: Path, crop_seconds: float, rate_hz: int, has_cache:
     settings = yaml.safe_load((ROOT / "conf" / "data" / "folder.yaml").read_text())["data"]
     settings |= dict(shards=str(shards), rate_hz=rate_hz, batch_size=num_clips // 10, num_workers=0)
     settings |= dict(crop_seconds=crop_seconds, cache_mb=1024 if has_cache else 0)
-    data = ShardData(**settings, default_rate_hz=rate_hz, run_dir=None)
+    data = ShardData(**settings, default_rate_hz=rate_hz, run_dir=None, needs_labels=False)
     batches = iter(data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=20, seed=0))
     for _ in range(10):
         next(batches)

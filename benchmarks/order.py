@@ -28,6 +28,7 @@ NUM_LABELS = 527
 MODES = {
     "each once": {},
     "validation held out": {"validation_clips": 512},
+    "with labels": {"needs_labels": True},
     "audiomae": {"sampling": "audiomae"},
     "passt, 100 k of all": {"sampling": "passt", "draws_per_epoch": 100_000},
     "passt, half of all": {"sampling": "passt", "draws_per_epoch": 0.5},
@@ -45,7 +46,7 @@ MODES = {
 }
 PLAIN = yaml.safe_load((ROOT / "conf" / "data" / "folder.yaml").read_text())["data"]
 PLAIN |= dict(batch_size=64, num_workers=0, crop_seconds=10.0, padding="zeros", split="train")
-PLAIN |= dict(default_rate_hz=32_000, run_dir=None)
+PLAIN |= dict(default_rate_hz=32_000, run_dir=None, needs_labels=False)
 del PLAIN["shards"], PLAIN["sources"]
 
 

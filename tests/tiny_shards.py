@@ -84,6 +84,7 @@ def data_of(shards: str | None, **changes) -> ShardData:
     settings = dict(rate_hz=None, batch_size=4, num_workers=0, crop_seconds=0.1, padding="cyclic", validation_clips=0)
     settings |= NO_DAMAGE | dict(max_bad_fraction=1.0)
     settings |= dict(split=None, cache_mb=0, mean=0.0, std=1.0, default_rate_hz=16000, run_dir=None)
+    settings |= dict(validation_split=None, needs_labels=False)
     return ShardData(shards=shards, **{**EVERY_CLIP_ONCE, **settings, **changes})
 
 

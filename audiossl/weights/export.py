@@ -42,8 +42,13 @@ class LoadedEncoder(nn.Module):
         return self.encoder(self.frontend(resample(waveform, rate_hz, self.frontend.rate_hz)))
 
 
-def export_encoder(method: nn.Module, config: dict[str, Any], path: Path) -> None:
-    """Write `method.encoder` to `path` (.safetensors) and its description to the .json beside it, both atomically."""
+def export_encoder(
+    method: nn.Module, config: dict[str, Any], path: Path, *, vocabulary: list[str] | None = None
+) -> None:
+    """Write `method.encoder` to `path` (.safetensors) and its description to the .json beside it, both atomically.
+
+    `vocabulary` names the classes that the method was trained on, if it was.
+    """
     description = {
         "format": FORMAT,
         "audiossl": __version__,
@@ -56,6 +61,8 @@ def export_encoder(method: nn.Module, config: dict[str, Any], path: Path) -> Non
             "std": config["data"]["std"],
         },
     }
+    if vocabulary is not None:
+        description["vocabulary"] = vocabulary
     text = json.dumps(description, indent=2)
     weights = {k: v.detach().cpu().contiguous() for k, v in method.encoder.state_dict().items()}
     part = path.with_name(path.name + ".part")
