@@ -34,8 +34,8 @@ TITLES = {  # of what has another name in the authors' files
 
 def passt(seconds: float | None = 2.56, *, hop_ms: float = 10, num_classes: int = 5, **changes) -> PaSST:
     """Build a small model from the shipped defaults, its start the same every time."""
-    settings = yaml.safe_load((ROOT / "conf/model/passt.yaml").read_text())
-    del settings["_target_"], settings["defaults"]
+    settings = yaml.safe_load((ROOT / "conf/model/passt.yaml").read_text())["model"]
+    del settings["_target_"]
     torch.manual_seed(0)
     frontend = front_end("passt_mel", seconds=seconds, hop_ms=hop_ms).train()
     short = dict(patchout_time=10, mask_frames=49)
