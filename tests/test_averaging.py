@@ -79,7 +79,7 @@ def test_an_average_is_scored_beside_the_last_weights(labelled):
 def test_a_resumed_run_ends_with_the_bits_of_the_straight_one(labelled, step, tmp_path):
     """Resumed before the first snapshot and between two; under the whole recipe of PaSST."""
     run, arguments, _ = labelled
-    ckpt = f"ckpt={run}/checkpoints/step={step:09d}.ckpt"
+    ckpt = f"ckpt='{run}/checkpoints/step={step:09d}.ckpt'"
     train(*arguments, ckpt, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path)
     straight, resumed = (state(folder, 11) for folder in (run, tmp_path / "run"))
     for name, value in straight["state_dict"].items():
