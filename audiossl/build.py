@@ -25,11 +25,13 @@ FIXED = {  # what a resumed run must have in common with the run it resumes; Non
         *("fraction", "fraction_by", "fraction_seed", "sampling", "sampling_offset", "sampling_reduce"),
         *("replacement", "draws_per_epoch", "shuffle_shards"),
     ),
-    "optim": ("weight_decay", "betas", "eps"),
+    "optim": ("adamw", "betas", "eps", "weight_decay", "final_weight_decay", "decay"),
 }
 
-
-UNSAID = {"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"}  # in old checkpoints
+UNSAID = {  # what checkpoints from before these keys were made with
+    **{"fraction": 1.0, "fraction_by": "random", "fraction_seed": 0, "sampling_reduce": "sum"},
+    **{"adamw": "torch", "decay": "matrices"},
+}
 
 
 def needs_labels(config: dict[str, Any]) -> bool:
@@ -85,7 +87,8 @@ def load_initial_weights(method: nn.Module, source: str) -> str:
     problem = describe_mismatch(weights, method.encoder.state_dict())
     if problem:
         raise UserError(f"init={source}: {problem}")
-    method.encoder.load_state_dict(weights)
+    for encoder in getattr(method, "encoders", (method.encoder,)):
+        encoder.load_state_dict(weights)
     said = f"encoder starts from {origin}: {len(weights)} tensors"
     log.info(said)
     return said

@@ -1,8 +1,8 @@
 """How are weights updated: which ones decay, at which rate, when?
 
-AdamW (1711.05101) with weight decay on matrices only, a learning rate that rises linearly and falls as half a cosine,
-and for fine-tuning a rate that shrinks towards the input layer by layer (BEiT, 2106.08254). The schedule is a pure
-function of the step, so that a resumed run needs no scheduler state.
+AdamW (1711.05101), as torch has it or as ATST was published with, weight decay on matrices only (PaSST: on everything),
+rate and decay as pure functions of the step (`schedules`), and for fine-tuning a rate that shrinks towards the input
+layer by layer (BEiT, 2106.08254).
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
 
+from audiossl.adamw import PublishedAdamW
 from audiossl.errors import UserError
+from audiossl.schedules import atst_cosine, passt_cycle, passt_ramps, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -22,57 +25,89 @@ class OptimSettings:
     """Hold the `optim` group of the config.
 
     The peak learning rate is `lr`, or `base_lr` for every 256 clips of the global batch; warm-up lasts
-    `warmup_steps`, or `warmup_epochs`. Of each pair exactly one is given, or a `UserError` names both.
+    `warmup_steps`, `warmup_epochs`, or `warmup_ratio` of all steps. Of each exactly one is given, or a `UserError`
+    names them. PaSST's schedules need `ramp_down`, (start, length) in the unit of the warm-up; `passt_cycle` takes the
+    warm-up for half a cycle and reads the start only. With `final_weight_decay` the decay goes there as ATST's cosine.
+    `steps_per_epoch` is the length of a stair of PaSST's schedules; `in_steps` sets it where epochs are the unit.
     """
 
+    schedule: Literal["warmup_cosine", "atst", "passt", "passt_cycle"]
     lr: float | None
     base_lr: float | None
     min_lr: float
     warmup_steps: int | None
     warmup_epochs: float | None
     warmup_ratio: float | None
+    ramp_down: tuple[float, float] | None
+    adamw: Literal["torch", "published"]
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    final_weight_decay: float | None
+    decay: Literal["matrices", "all"]
+    steps_per_epoch: float = 1.0
 
     def __post_init__(self):
         for names in (("lr", "base_lr"), ("warmup_steps", "warmup_epochs", "warmup_ratio")):
             if sum(getattr(self, name) is not None for name in names) != 1:
                 given = ", ".join(f"optim.{name}={getattr(self, name)}" for name in names)
                 raise UserError(f"{given}: give exactly one of them, null for the others")
-        for name in ("lr", "base_lr", "min_lr", "warmup_steps", "warmup_epochs", "warmup_ratio", "weight_decay"):
+        rates, warmups = ("lr", "base_lr", "min_lr"), ("warmup_steps", "warmup_epochs", "warmup_ratio")
+        for name in (*rates, *warmups, "weight_decay", "final_weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"optim.{name}={value} must be a number from 0 up")
+        if self.schedule.startswith("passt") != (self.ramp_down is not None):
+            wanted = "needs [start, length], in the unit of the warm-up" if self.ramp_down is None else "must be null"
+            raise UserError(f"optim.ramp_down={self.ramp_down}: optim.schedule={self.schedule} {wanted}")
+        if self.final_weight_decay is not None and not self.weight_decay:
+            raise UserError("optim.weight_decay=0: nothing decays; to end at optim.final_weight_decay start above 0")
+        if self.schedule == "passt_cycle" and 0 in (self.warmup_steps, self.warmup_epochs, self.warmup_ratio):
+            raise UserError("optim.schedule=passt_cycle: the warm-up is half a cycle, so it must be longer than 0")
 
     def peak_lr(self, global_batch: int) -> float:
         """Give the highest learning rate, for `global_batch` clips per optimiser step."""
         return self.lr if self.lr is not None else scale_lr(self.base_lr, global_batch)
 
     def in_steps(self, steps_per_epoch: float, max_steps: int) -> OptimSettings:
-        """Translate a warm-up in epochs, or as a share of `max_steps`, into whole steps, at least one."""
+        """Translate lengths in epochs, or as shares of `max_steps`, into steps; a warm-up into whole ones, at least 1.
+
+        PaSST's stairs are epochs when the lengths are; given in steps or shares, every step is a stair.
+        """
         if self.warmup_steps is not None:
             return self
-        steps = self.warmup_ratio * max_steps if self.warmup_epochs is None else self.warmup_epochs * steps_per_epoch
-        whole = max(round(steps), 1 if steps else 0)
-        return replace(self, warmup_steps=whole, warmup_epochs=None, warmup_ratio=None)
+        unit = max_steps if self.warmup_epochs is None else steps_per_epoch
+        steps = unit * (self.warmup_ratio if self.warmup_epochs is None else self.warmup_epochs)
+        settled = dict(warmup_steps=max(round(steps), 1 if steps else 0), warmup_epochs=None, warmup_ratio=None)
+        if self.ramp_down is not None:
+            settled["ramp_down"] = (self.ramp_down[0] * unit, self.ramp_down[1] * unit)
+            if self.warmup_epochs is not None:
+                settled |= dict(warmup_steps=steps, steps_per_epoch=steps_per_epoch)
+        return replace(self, **settled)
+
+    def lr_at(self, step: int, *, global_batch: int, max_steps: int) -> float:
+        """Give the learning rate of optimiser step `step` (0-based); lengths must be in steps, see `in_steps`."""
+        peak, floor, warmup = self.peak_lr(global_batch), self.min_lr, self.warmup_steps
+        if self.schedule == "warmup_cosine":
+            return warmup_cosine(step, peak=peak, floor=floor, warmup_steps=warmup, max_steps=max_steps)
+        if self.schedule == "atst":
+            return atst_cosine(step, base=peak, final=floor, warmup_steps=warmup, max_steps=max_steps)
+        ends = dict(peak=peak, floor=floor, warmup=warmup, tread=self.steps_per_epoch)
+        if self.schedule == "passt":
+            return passt_ramps(step, ramp_down=self.ramp_down, **ends)
+        return passt_cycle(step, start=self.ramp_down[0], **ends)
+
+    def weight_decay_at(self, step: int, max_steps: int) -> float:
+        """Give the decay of the decayed weights at optimiser step `step` (0-based)."""
+        if self.final_weight_decay is None:
+            return self.weight_decay
+        ends = dict(base=self.weight_decay, final=self.final_weight_decay)
+        return atst_cosine(step, **ends, warmup_steps=0, max_steps=max_steps)
 
 
 def scale_lr(base_lr: float, global_batch: int) -> float:
     """Scale a learning rate given for 256 clips: micro-batch x accumulation x processes = `global_batch`."""
     return base_lr * global_batch / 256
-
-
-def warmup_cosine(step: float, *, peak: float, floor: float, warmup_steps: float, max_steps: float) -> float:
-    """Rise from 0 to `peak` over `warmup_steps`, then fall as half a cosine, reaching `floor` at `max_steps`.
-
-    Step 0 of a warm-up has rate 0; past `max_steps` the value stays `floor`. In epochs: step = epoch x steps per
-    epoch. Source: Audio-MAE `util/lr_sched.py`.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    done = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def is_decayed(name: str, parameter: nn.Parameter, no_decay: Iterable[str] = ()) -> bool:
@@ -85,9 +120,15 @@ def is_decayed(name: str, parameter: nn.Parameter, no_decay: Iterable[str] = ())
     return parameter.ndim > 1 and last != "bias" and last not in no_decay
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Split what is trained into a decayed group and an undecayed one; fixed tables are buffers and in neither."""
-    return _grouped((name, p, 1.0, weight_decay if is_decayed(name, p) else 0.0) for name, p in _trained(module))
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, decay: Literal["matrices", "all"] = "matrices"
+) -> list[dict]:
+    """Split what is trained into a decayed group and an undecayed one (`decay` all: into one, decayed).
+
+    Fixed tables are buffers, a teacher's parameters need no gradient: they are in neither.
+    """
+    everything = decay == "all"
+    return _grouped((n, p, 1.0, weight_decay if everything or is_decayed(n, p) else 0.0) for n, p in _trained(module))
 
 
 def layer_decay_groups(
@@ -130,15 +171,19 @@ def _grouped(rows: Iterable[tuple[str, nn.Parameter, float, float]]) -> list[dic
 
 def build_optimizer(
     module: nn.Module | list[dict], settings: OptimSettings, *, lr: float, allow_fused: bool = True
-) -> torch.optim.AdamW:
-    """Build AdamW over a module's parameters, or over ready groups; on CUDA in one fused kernel if `allow_fused`.
+) -> torch.optim.Optimizer:
+    """Build AdamW over a module's parameters, or over ready groups; torch's is one fused kernel on CUDA if allowed.
 
-    A caller who changes the rate sets every group's `lr` to rate x `lr_scale`.
+    A caller who changes the rate sets every group's `lr` to rate x `lr_scale`, one who changes the decay the
+    `weight_decay` of groups that have one.
     """
     groups = module
     if isinstance(module, nn.Module):
-        groups = parameter_groups(module, weight_decay=settings.weight_decay)
-    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
+        groups = parameter_groups(module, weight_decay=settings.weight_decay, decay=settings.decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps, fused=fused or None)
+    same = dict(lr=lr, betas=tuple(settings.betas), eps=settings.eps)
+    if settings.adamw == "published":
+        return PublishedAdamW(groups, **same)
+    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, **same, fused=fused or None)

@@ -1,9 +1,9 @@
 """How is any method trained?
 
 One LightningModule runs them all: it hands the method a batch of waveforms on the device and the noise of this step,
-sets the learning rate as a pure function of the step, refuses a non-finite update before it is applied, and tells the
-method when an optimiser step is done (a teacher's moving average belongs there). Nothing here is random by itself:
-every number comes from (seed, step), so a resumed run needs no generator state.
+sets learning rate and weight decay as pure functions of the step, refuses a non-finite update before it is applied, and
+tells the method when an optimiser step is done (a teacher's moving average belongs there). Nothing here is random by
+itself: every number comes from (seed, step), so a resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from audiossl.batch import Batch
 from audiossl.noise import Noise, mix_seed
-from audiossl.optim import OptimSettings, build_optimizer, warmup_cosine
+from audiossl.optim import OptimSettings, build_optimizer
 from audiossl.spectrogram import resample, to_float
 
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
@@ -73,10 +73,14 @@ class Pretraining(pl.LightningModule):
             samples = torch.ceil(samples.double() * rate / self.waveform_rate_hz).long().clamp(max=waveform.shape[1])
         return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
 
+    def noise_of(self, step: int, batch: Batch) -> Noise:
+        """Give the noise of optimiser step `step` for the rows of one of its micro-batches."""
+        return Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix_seed(self.seed, "dropout", step, micro, self.global_rank))
-        noise = Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
+        noise = self.noise_of(step, batch)
         output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []
@@ -130,21 +134,19 @@ class Pretraining(pl.LightningModule):
 
     def lr_at(self, step: int) -> float:
         """Give the learning rate of optimiser step `step` (0-based)."""
-        return warmup_cosine(
-            step,
-            peak=self.optim.peak_lr(self.global_batch_size),
-            floor=self.optim.min_lr,
-            warmup_steps=self.optim.warmup_steps,
-            max_steps=self.max_steps,
-        )
+        return self.optim.lr_at(step, global_batch=self.global_batch_size, max_steps=self.max_steps)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         step = self.global_step
-        lr = self.lr_at(step)
+        changing = {"lr": self.lr_at(step)}
+        if self.optim.final_weight_decay is not None:
+            changing["weight_decay"] = self.optim.weight_decay_at(step, self.max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = changing["lr"] * group.get("lr_scale", 1.0)
+            if group["weight_decay"]:
+                group["weight_decay"] = changing.get("weight_decay", group["weight_decay"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.record({"lr": lr})
+        self.record(changing)
         if hasattr(self.method, "after_step"):
             self.method.after_step(step, self.max_steps)
 

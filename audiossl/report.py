@@ -22,9 +22,9 @@ from audiossl.weights.export import export_encoder
 def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: int, global_batch: int, run_dir) -> None:
     """Log size, data and length of the run in two lines."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    encoder = sum(p.numel() for p in method.encoder.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for p in method.encoder.parameters())
     log.info(
-        "%s: %.1f M parameters (encoder %.1f M), %s tokens a clip",
+        "%s: %.1f M parameters to train (encoder %.1f M), %s tokens a clip",
         type(method).__name__,
         trained / 1e6,
         encoder / 1e6,

@@ -26,6 +26,7 @@ PRETRAIN = Spec(
         "optim": "audiossl.optim.OptimSettings",
         "trainer": "lightning.pytorch.Trainer",
         "checkpoint": "audiossl.checkpointing.Checkpointing",
+        "alarm": "audiossl.alarm.CollapseAlarm",
         "logger": "audiossl.loggers.build_loggers",
         "probe": "audiossl.probing.Probe",
         "pictures": {"every_steps": "int", "clips": "int"},
@@ -33,6 +34,7 @@ PRETRAIN = Spec(
     code_args={
         "model": ("frontend", "num_classes"),
         "data": ("default_rate_hz", "run_dir", "needs_labels"),
+        "optim": ("steps_per_epoch",),
         "trainer": (
             "logger",
             "callbacks",

@@ -19,6 +19,9 @@ from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.audiomae import import_pretrained
 
 TINY = dict(width=24, depth=2, num_heads=2, decoder="global", decoder_width=16, decoder_depth=2, decoder_num_heads=2)
+PLAIN = dict(  # `OptimSettings` without ATST's and PaSST's ways
+    schedule="warmup_cosine", ramp_down=None, adamw="torch", final_weight_decay=None, decay="matrices"
+)
 
 
 def kaldi_fbank(frames: int | None, num_mels: int = 128) -> KaldiFbank:

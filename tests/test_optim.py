@@ -6,8 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from conftest import golden_cases
-from maes import audiomae
-from safetensors.torch import load_file
+from maes import PLAIN, audiomae
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
@@ -17,38 +16,11 @@ from audiossl.optim import (
     layer_decay_groups,
     parameter_groups,
     scale_lr,
-    warmup_cosine,
 )
 from audiossl.weights.audiomae import our_name
 
-GIVEN = dict(lr=1e-3, base_lr=None, min_lr=0.0, warmup_steps=10, warmup_epochs=None, warmup_ratio=None)
+GIVEN = PLAIN | dict(lr=1e-3, base_lr=None, min_lr=0.0, warmup_steps=10, warmup_epochs=None, warmup_ratio=None)
 REST = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05)
-
-
-@pytest.mark.parametrize("case", golden_cases("sched_mae*"))
-def test_the_schedule_equals_the_published_one(case):
-    configs = json.loads((case / "case.json").read_text())["configs"]
-    expected = load_file(case / "expected.safetensors")
-    for name, told in configs.items():
-        steps = told["steps_per_epoch"]
-        ends = dict(warmup_steps=told["warmup_epochs"] * steps, max_steps=told["epochs"] * steps)
-        rates = [warmup_cosine(s, peak=told["lr"], floor=told["min_lr"], **ends) for s in range(len(expected[name]))]
-        torch.testing.assert_close(torch.tensor(rates).double(), expected[name][:, 0].double(), rtol=1e-6, atol=1e-12)
-        assert rates == pytest.approx(expected[name][:, 0].tolist(), rel=1e-12, abs=1e-18)
-        assert [rate * 0.5 for rate in rates] == pytest.approx(expected[name][:, 1].tolist(), rel=1e-12, abs=1e-18)
-
-
-def test_the_schedule_rises_falls_and_stays():
-    rates = [warmup_cosine(s, peak=1.0, floor=0.1, warmup_steps=10, max_steps=50) for s in range(60)]
-    assert rates[0] == 0 and rates[10] == 1.0 == max(rates) and rates[50:] == [0.1] * 10
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:50], rates[11:51], strict=True))
-
-
-def test_a_run_that_is_all_warm_up_or_has_none_is_possible():
-    assert warmup_cosine(4, peak=1.0, floor=0.0, warmup_steps=8, max_steps=8) == 0.5
-    assert warmup_cosine(8, peak=1.0, floor=0.0, warmup_steps=8, max_steps=8) == 1.0
-    assert warmup_cosine(0, peak=1.0, floor=0.0, warmup_steps=0, max_steps=8) == 1.0
 
 
 @pytest.mark.parametrize("case", golden_cases("groups_mae*"))
@@ -76,6 +48,40 @@ def test_fine_tuning_scales_layers_as_the_published_code_does(case):
     assert found == {k if k.startswith(heads) else our_name(k): pytest.approx(v) for k, v in told["groups"].items()}
     optimizer = build_optimizer(groups, OptimSettings(**GIVEN, **REST), lr=2.0)
     assert {group["lr"] for group in optimizer.param_groups} == {2.0 * scale for scale, _ in found.values()}
+
+
+@pytest.mark.parametrize("case", golden_cases("groups_atst*"))
+def test_a_teacher_is_in_no_group_and_atst_decays_tokens_and_positions(case):
+    """On a module whose parameters have the published names: only vectors and biases are left alone."""
+    told = json.loads((case / "case.json").read_text())
+    student, teacher = (named_like(told["weight_decayed"], told["not_decayed"]) for _ in range(2))
+    model = torch.nn.ModuleDict({"student": student, "teacher": teacher.requires_grad_(False)})
+    groups = parameter_groups(model, weight_decay=0.04)
+    found = {
+        group["weight_decay"]: sorted(name.removeprefix("student.") for name in group["names"]) for group in groups
+    }
+    assert found == {0.04: sorted(told["weight_decayed"]), 0.0: sorted(told["not_decayed"])}
+
+
+def named_like(matrices: list[str], vectors: list[str]) -> torch.nn.Module:
+    """Build a module with parameters of these dotted names; of two axes and more, and of one."""
+    root = torch.nn.Module()
+    for name in (*matrices, *vectors):
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        shape = (3,) if name in vectors else (1, 1, 3) if last.endswith(("token", "embed")) else (3, 3)
+        module.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
+    return root
+
+
+def test_passt_decays_everything():
+    groups = parameter_groups(audiomae(), weight_decay=1e-4, decay="all")
+    assert [group["weight_decay"] for group in groups] == [1e-4]
+    assert len(groups[0]["names"]) == len(list(audiomae().parameters()))
 
 
 def test_frozen_parameters_and_fixed_tables_are_in_no_group():
@@ -118,8 +124,12 @@ def test_warm_up_in_epochs_or_as_a_share_becomes_steps():
         (dict(warmup_steps=None), "optim.warmup_steps=None, optim.warmup_epochs=None"),
         (dict(lr=-1.0), "optim.lr=-1.0"),
         (dict(lr=float("nan")), "optim.lr=nan"),
+        (dict(schedule="passt"), "optim.ramp_down=None: optim.schedule=passt needs"),
+        (dict(ramp_down=(1, 2)), "optim.ramp_down=.1, 2.: optim.schedule=warmup_cosine must be null"),
+        (dict(schedule="passt_cycle", ramp_down=(1, 0), warmup_steps=0), "half a cycle"),
+        (dict(final_weight_decay=0.4, weight_decay=0.0), "optim.weight_decay=0"),
     ],
 )
 def test_settings_that_contradict_are_named(changes, said):
     with pytest.raises(UserError, match=said):
-        OptimSettings(**(GIVEN | changes), **REST)
+        OptimSettings(**(GIVEN | REST | changes))

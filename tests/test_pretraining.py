@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from maes import PLAIN, audiomae
 from maes import TINY as SIZES
-from maes import audiomae
 from tiny_shards import EVERY_CLIP_ONCE, NO_DAMAGE
 
 from audiossl.batch import Batch
@@ -20,7 +20,7 @@ from audiossl.spectrogram import PasstMel
 
 OPTIM = OptimSettings(
     lr=1e-3, base_lr=None, min_lr=0.0, warmup_steps=2, warmup_epochs=None, warmup_ratio=None, betas=(0.9, 0.95),
-    eps=1e-8, weight_decay=0.05,
+    eps=1e-8, weight_decay=0.05, **PLAIN,
 )  # fmt: skip
 QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=-1,
              enable_checkpointing=False, use_distributed_sampler=False)  # fmt: skip

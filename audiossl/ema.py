@@ -1,0 +1,23 @@
+"""How does a teacher follow its student?
+
+As an exponential moving average of the student's parameters, taken once per optimiser step (BYOL, arXiv 2006.07733;
+ATST, arXiv 2204.12076). It gets no gradient and so cannot be pulled towards the student's shortcuts.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move every parameter of `teacher` to momentum * teacher + (1 - momentum) * student, in place.
+
+    Parameters are paired by name; what only the student has (a predictor) is left alone. Buffers are not averaged: as
+    published, the running statistics of the teacher's BatchNorm come from its own forward passes.
+    """
+    source = dict(student.named_parameters())
+    names, targets = zip(*teacher.named_parameters(), strict=True)
+    missing = [name for name in names if name not in source]
+    assert not missing, f"the student has no parameter {missing[0]}"
+    get_ema_multi_avg_fn(momentum)(list(targets), [source[name] for name in names], None)
