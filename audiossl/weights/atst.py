@@ -2,7 +2,8 @@
 
 Their patches are a Linear over 64 bands x 4 frames, ours the convolution that it is; their position table has a place
 for the class token in front, ours keeps that apart; nothing else differs. Sizes are read from the shapes. Layout of
-Audio-WestlakeU/audiossl (2204.12076, 2306.04186): a Lightning file with `model.student.*` and `model.teacher.*`.
+Audio-WestlakeU/audiossl (2204.12076, 2306.04186): a Lightning file with `model.student.*` and `model.teacher.*`, or,
+fine-tuned, `encoder.encoder.*` and `head.*`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from audiossl.weights.reading import read_torch_file
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # of the published widths; shapes do not tell
 PATCH = (64, 4)  # mel bands, frames
+HEAD = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "linear.weight", "linear.bias")
 RENAMED = {"patch_embed.patch_embed.": "patch_embed.proj.", "norm_frame.": "norm.", "norm.": "", "blocks.": ""}
 
 
@@ -32,8 +34,7 @@ def import_pretrained(
 
     Raises `UserError` for a file that is no such checkpoint, naming what it lacks or what is not known.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    theirs = source if isinstance(source, Mapping) else read_torch_file(source).get("state_dict", {})
+    theirs, name = read_state(source)
     theirs = {key.removeprefix("model."): value for key, value in theirs.items()}
     parts = ("student.encoder.", "student.projector.", "student.predictor.", "teacher.encoder.", "teacher.projector.")
     missing = [part for part in parts if not any(key.startswith(part) for key in theirs)]
@@ -51,6 +52,27 @@ def import_pretrained(
     if not geometry["num_class_tokens"]:
         ours["mask_token"] = theirs["student.encoder.mask_embed"]
     return ours, geometry
+
+
+def import_finetuned(
+    source: str | Path | Mapping[str, Tensor], *, num_heads: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Translate a fine-tuned checkpoint: (state dict for `Encoder`, state dict for `LinearHead`, geometry).
+
+    Geometry is the encoder's as in `import_pretrained`. The head's sizes are the shape of its `linear.weight`; that of
+    frame-level detection has no `norm.*`. `source` is a file or its `state_dict`. Raises `UserError` as
+    `import_pretrained` does.
+    """
+    theirs, name = read_state(source)
+    lacking = [key for key in ("encoder.encoder.pos_embed", "head.linear.weight") if key not in theirs]
+    if lacking:
+        raise UserError(f"{name} is no fine-tuned ATST: it has no {lacking[0]}")
+    head = with_prefix(theirs, "head.")
+    known = {f"head.{key}" for key in HEAD}
+    if unknown := [key for key in theirs if not key.startswith("encoder.encoder.") and key not in known]:
+        raise UserError(f"{name} holds {len(unknown)} tensors that a fine-tuned ATST has not, {unknown[0]} for example")
+    theirs = with_prefix(theirs, "encoder.encoder.")
+    return import_encoder(theirs, name), head, read_geometry(theirs, num_heads)
 
 
 def import_encoder(theirs: Mapping[str, Tensor], name: str = "the state dict") -> dict[str, Tensor]:
@@ -92,6 +114,13 @@ def read_geometry(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[s
         "position_frames": (places - 1) * PATCH[1] + 1,  # 1001 of 10 s
         "num_class_tokens": int("cls_token" in theirs),
     }
+
+
+def read_state(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+    """Read a file's `state_dict`, or take one; return it and what errors call it."""
+    if isinstance(source, Mapping):
+        return source, "the state dict"
+    return read_torch_file(source).get("state_dict", {}), str(source)
 
 
 def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
