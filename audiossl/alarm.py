@@ -23,7 +23,7 @@ ADVICE = "lower the learning rate (optim.lr, optim.base_lr), or raise the moment
 
 
 class CollapseError(UserError):
-    """Stop a run whose features no longer tell clips apart; it names the step and the values."""
+    """Stop a run whose features no longer tell clips apart, in words that name the step and the values."""
 
 
 class CollapseAlarm(Callback):
@@ -35,8 +35,8 @@ class CollapseAlarm(Callback):
     .25 a clip predicted from another one has a loss of .125, so a loss below .1 says next to nothing.
 
     What the method does not log is not judged. All ranks see the same means and stop at the same step, before a
-    checkpoint of it; `action` warn says it once each time it comes to that. Counts and highest ranks are in the
-    checkpoint, so a resumed run rings at the same step.
+    checkpoint of it, rank 0 with `CollapseError` and the others with `SystemExit(2)`; `action` warn says it once each
+    time it comes to that. Counts and highest ranks are in the checkpoint, so a resumed run rings at the same step.
     """
 
     def __init__(
@@ -68,10 +68,13 @@ class CollapseAlarm(Callback):
         said, self._said = self._said, None
         if said is None:
             return
-        if self.action == "stop":
-            raise CollapseError(f"{said}; earlier checkpoints stay; alarm.action=warn goes on all the same")
-        if trainer.is_global_zero:
-            log.warning("%s", said)
+        if self.action == "warn":
+            if trainer.is_global_zero:
+                log.warning("%s", said)
+            return
+        if not trainer.is_global_zero:
+            raise SystemExit(2)  # rank 0 says why
+        raise CollapseError(f"{said}; earlier checkpoints stay; alarm.action=warn goes on all the same")
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": dict(self.steps), "highest": dict(self.highest)}

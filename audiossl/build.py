@@ -87,7 +87,8 @@ def load_initial_weights(method: nn.Module, source: str) -> str:
     problem = describe_mismatch(weights, method.encoder.state_dict())
     if problem:
         raise UserError(f"init={source}: {problem}")
-    method.encoder.load_state_dict(weights)
+    for encoder in getattr(method, "encoders", (method.encoder,)):
+        encoder.load_state_dict(weights)
     said = f"encoder starts from {origin}: {len(weights)} tensors"
     log.info(said)
     return said

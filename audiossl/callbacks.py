@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from audiossl.checkpoint_io import write_atomically
 from audiossl.loggers import MetricsCsv, log_picture
-from audiossl.noise import Noise
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError
 
@@ -50,22 +49,33 @@ class Progress(TQDMProgressBar):
 class Throughput(Callback):
     """Log clips/s and tokens/s of the whole job, and MFU where the device's peak is known.
 
-    Floating-point operations are counted once, on the method's first forward pass; the backward pass is taken as twice
-    the forward. What other callbacks do (validation, probes, checkpoints) is left out; waiting for data is not.
+    Floating-point operations are counted in the first micro-batch that is trained on, backward pass included: a teacher
+    has none, patchout has fewer. What other callbacks do (validation, probes, checkpoints) is left out of the time;
+    waiting for data is not, and the micro-batch that is counted is.
     """
 
     def __init__(self, every_steps: int):
         self.every_steps = every_steps
         self.flops_per_clip: float | None = None
+        self._counter: FlopCounterMode | None = None
         self._seconds = 0.0
         self._batches = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.flops_per_clip is None and len(batch):
-            self.flops_per_clip = _count_flops(module, batch) / len(batch)
-            module.idle_since = time.perf_counter()
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_exception(self, *_: Any) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out, batch, *_: Any) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self.flops_per_clip, self._counter = self._counter.get_total_flops() / len(batch), None
+            module.record({"flops_per_clip": self.flops_per_clip})
+            return
         self._seconds += time.perf_counter() - module.idle_since
         self._batches += 1
         if self._batches < self.every_steps * trainer.accumulate_grad_batches:
@@ -76,19 +86,9 @@ class Throughput(Callback):
             metrics["tokens_per_second"] = clips * tokens
         peak = _peak_flops(module.device, trainer.precision)
         if peak and self.flops_per_clip:
-            metrics["mfu"] = 3 * self.flops_per_clip * clips / trainer.world_size / peak
+            metrics["mfu"] = self.flops_per_clip * clips / trainer.world_size / peak
         module.record(metrics)
         self._seconds, self._batches = 0.0, 0
-
-
-def _count_flops(module: pl.LightningModule, batch: Any) -> float:
-    """Count one forward pass; the caller's gradients, modes and random state stay as they were."""
-    counter = FlopCounterMode(display=False)
-    noise = Noise.for_batch(0, 0, len(batch), module.device)
-    with torch.no_grad(), torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
-        with counter:
-            module.method(module.prepare(batch), generator=noise)
-    return float(counter.get_total_flops())
 
 
 def _peak_flops(device: torch.device, precision: str) -> float | None:

@@ -73,10 +73,14 @@ class Pretraining(pl.LightningModule):
             samples = torch.ceil(samples.double() * rate / self.waveform_rate_hz).long().clamp(max=waveform.shape[1])
         return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
 
+    def noise_of(self, step: int, batch: Batch) -> Noise:
+        """Give the noise of optimiser step `step` for the rows of one of its micro-batches."""
+        return Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix_seed(self.seed, "dropout", step, micro, self.global_rank))
-        noise = Noise(self.seed, step, batch.rows, self.global_batch_size, self.device)
+        noise = self.noise_of(step, batch)
         output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []

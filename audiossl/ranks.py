@@ -11,6 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+
+def mean_of_all_ranks(values: Tensor) -> Tensor:
+    """Average (n,) over the rows of all ranks, which may hold different numbers of them, none included: a scalar.
+
+    Each rank gets its rows' sum, scaled so that the mean over the ranks, which is what DistributedDataParallel takes of
+    the gradients and our logs of the values, is the mean over all rows. All ranks must call it equally often.
+    """
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    count = torch.tensor(float(len(values)), device=values.device)
+    if size > 1:
+        dist.all_reduce(count)
+    return values.sum() * (size / count.clamp(min=1))
 
 
 class Ranks:

@@ -23,9 +23,9 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
     """Log size, data and length of the run, and whether it learns from labels, a line each."""
     model = type(method).__name__
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    encoder = sum(p.numel() for p in method.encoder.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for p in method.encoder.parameters())
     log.info(
-        "%s: %.1f M parameters (encoder %.1f M), %s tokens a clip",
+        "%s: %.1f M parameters to train (encoder %.1f M), %s tokens a clip",
         model,
         trained / 1e6,
         encoder / 1e6,

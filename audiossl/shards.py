@@ -9,6 +9,7 @@ for.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -160,10 +161,12 @@ class ShardData:
         max_steps: int,
         seed: int,
         crop_samples: int | None = None,
+        is_replay: bool = False,
     ) -> Loader:
         """Serve a rank's micro-batches of the optimiser steps `start_step` up to `max_steps`.
 
-        `crop_samples` at `rate_hz`, None for `crop_seconds`. The length counts from step 0 (`StepSampler`).
+        `crop_samples` at `rate_hz`, None for `crop_seconds`. The length counts from step 0 (`StepSampler`). A replay
+        shows batches that have been trained on before: the ledger of clips takes no note of it.
         """
         sampler = StepSampler(
             order=self.order(seed),
@@ -182,7 +185,7 @@ class ShardData:
             self._dataset(crop_samples, self.num_workers),
             requests,
             num_workers=self.num_workers,
-            bad_clips=self._ledger_of(rank, world_size),
+            bad_clips=self._uncounted() if is_replay else self._ledger_of(rank, world_size),
             timeout_seconds=self.timeout_seconds,
             downloads=downloads,
         )
@@ -241,6 +244,10 @@ class ShardData:
                 where = self.corpus.keys(number)
                 raise UserError(f"{where}: 0 clips to train on are left of {num_clips}: the rest is held out or lost")
         return ledger
+
+    def _uncounted(self) -> BadClips:
+        """Make a ledger that nobody reads and that stops nothing."""
+        return BadClips(None, len(self.index), len(self.index), 1.0, sys.maxsize)
 
     def _ledger_of(self, rank: int, world_size: int) -> BadClips:
         self.bad_clips.at_rank(rank, world_size)

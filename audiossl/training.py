@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import warnings
@@ -33,11 +32,13 @@ from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
+from audiossl.memory import Memory
 from audiossl.optim import OptimSettings
 from audiossl.preemption import Preemption
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
+from audiossl.rundata import RunData, crop_samples, max_steps_of
 from audiossl.settings import instantiate
 from audiossl.shards import ShardData
 from audiossl.signals import PREEMPTED, Preempted
@@ -46,32 +47,6 @@ from audiossl.trace import Trace
 log = logging.getLogger(__name__)
 
 PASST_SHARES = "optim.warmup_ratio=0.04 optim.ramp_down=[0.4,0.4]"  # 5, 50 and 50 of some 130 epochs
-
-
-class RunData(pl.LightningDataModule):
-    """Hand the trainer the loaders of this rank, from the optimiser step it stands at."""
-
-    def __init__(self, data: ShardData, *, max_steps: int, seed: int, crop_samples: int):
-        super().__init__()
-        self.data, self.max_steps, self.seed, self.crop_samples = data, max_steps, seed, crop_samples
-
-    def train_dataloader(self):
-        trainer = self.trainer
-        return self.data.train_loader(
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            start_step=trainer.global_step,
-            max_steps=self.max_steps,
-            seed=self.seed,
-            crop_samples=self.crop_samples,
-        )
-
-    def val_dataloader(self):
-        loader = self.data.validation_loader(
-            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.crop_samples
-        )
-        return loader if loader is not None else []
 
 
 def fit(config: dict[str, Any]) -> dict[str, Any]:
@@ -87,19 +62,13 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     data, method, vocabulary = _build(config, run_dir)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
-    max_steps = _max_steps(config["trainer"], data.clips_per_epoch, global_batch)
+    max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
-    module = Pretraining(
-        method,
-        optim=optim,
-        max_steps=max_steps,
-        batch_size=data.batch_size,
-        waveform_rate_hz=data.rate_hz,
-        seed=config["seed"],
-    )
-    samples = _crop_samples(config["data"], method.frontend, data.rate_hz)
+    clips_in = dict(batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
+    module = Pretraining(method, optim=optim, max_steps=max_steps, seed=config["seed"], **clips_in)
+    samples = crop_samples(config["data"], method, data.rate_hz)
     run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
@@ -107,7 +76,9 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     accounts = Accounts(data.bad_clips, held_out=data.held_out)
     averaging = Averaging(**config["swa"], steps_per_epoch=data.clips_per_epoch / global_batch, max_steps=max_steps)
     classes = score_classes_of(method, data, vocabulary, run_dir, averaging.averages)
-    callbacks = [accounts, averaging, *classes, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
+    memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
+    own = [accounts, averaging, *memory, *classes]
+    callbacks = [*own, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -122,10 +93,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
-        averages = averaging.averages()
-        results |= report.finish(
-            method, averages, config, run_dir, clips, probe, trainer.global_step, classes, vocabulary
-        )
+        about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
+        results |= report.finish(method, averaging.averages(), *about)
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
@@ -179,21 +148,6 @@ def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> 
             f"{max_steps}; for a short one take optim.warmup_epochs=null {shares}"
         )
     return settled
-
-
-def _max_steps(trainer: dict[str, Any], clips_per_epoch: int, global_batch: int) -> int:
-    if trainer["max_steps"] is not None:
-        return trainer["max_steps"]
-    return math.ceil(trainer["max_epochs"] * clips_per_epoch / global_batch)
-
-
-def _crop_samples(data: dict[str, Any], frontend, rate_hz: int) -> int:
-    """Count the samples of a crop at the loader's rate: as long as asked for, else what fills the frames."""
-    if data["crop_seconds"] is not None:
-        return round(data["crop_seconds"] * rate_hz)
-    if frontend.frames is None:
-        raise UserError("data.crop_seconds and frontend.seconds are both null; say how long a crop is")
-    return math.ceil(frontend.samples_for(frontend.frames) * rate_hz / frontend.rate_hz)
 
 
 def _callbacks(

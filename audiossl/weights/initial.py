@@ -39,8 +39,10 @@ def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], s
     path = newest_checkpoint(path) if path.is_dir() else path
     checkpoint = read_torch_file(path)
     if "audiossl" in checkpoint:
-        prefix = "method.encoder."
-        found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        for prefix in ("method.encoder.", "method.teacher.encoder."):
+            found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+            if found:
+                break
         return _fit_positions(found, encoder), f"checkpoint {path} (step {checkpoint['global_step']})"
     state = checkpoint.get("model", checkpoint)
     if is_audiomae(state):

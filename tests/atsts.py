@@ -1,0 +1,81 @@
+"""ATST models and golden cases for the tests."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from audiossl.optim import OptimSettings, build_optimizer
+from audiossl.settings import instantiate
+from audiossl.weights.atst import import_pretrained
+
+SMALL = dict(width=24, depth=2, num_heads=2, projector_width=32, projection_width=16, drop_path=0.0, mixup_memory=8)
+
+
+def settings_of(model: str) -> tuple[dict, dict]:
+    """Compose the shipped defaults: what the method and what its front end are built from."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = compose("train", overrides=[f"model={model}", "data=folder", "data.shards=x", "root=x", "run_dir=x"])
+    return (OmegaConf.to_container(config[part], resolve=True) for part in ("model", "frontend"))
+
+
+def build(model: str, *, seconds: float | None = None, **changes):
+    """Build a small method from the shipped defaults, its start the same every time."""
+    settings, frontend = settings_of(model)
+    frontend = instantiate(frontend | ({} if seconds is None else {"seconds": seconds}))
+    torch.manual_seed(0)
+    return instantiate(settings | SMALL | changes, frontend=frontend)
+
+
+PUBLISHED = dict(base_lr=None, min_lr=1e-6, warmup_epochs=None, warmup_ratio=None, betas=(0.9, 0.999), eps=1e-6)
+PUBLISHED |= dict(
+    schedule="atst", ramp_down=None, weight_decay=0.04, final_weight_decay=0.4, decay="matrices", adamw="published"
+)
+
+
+class Golden:
+    """Hold one case of the published code: what went in, what came out, how exact it is, and our model of it."""
+
+    def __init__(self, folder: Path, model: str, **changes):
+        self.case = json.loads((folder / "case.json").read_text())
+        self.config = self.case["config"]
+        self.input = load_file(folder / "input.safetensors")
+        self.expected = load_file(folder / "expected.safetensors")
+        heads = (self.config.get("arch_replaced_by") or self.config)["num_heads"]
+        file = next(path for path in (folder / "official.pth", folder / "official.ckpt") if path.exists())
+        weights, geometry = import_pretrained(file, num_heads=heads)
+        geometry.pop("num_class_tokens")
+        self.model = build(model, seconds=10.01, **geometry, **changes)
+        self.model.load_state_dict(weights)
+
+    def bound(self, name: str) -> float:
+        """Ten times the published code's own rounding; 1e-5 where it is not said."""
+        stated = self.case.get("tolerance", {}).get(name, 1e-6)
+        return 10 * (stated if isinstance(stated, float) else stated["max_abs_diff_f32_vs_f64"])
+
+
+def train_steps(golden: Golden, loss_of) -> tuple[list[float], list[float]]:
+    """Take the case's optimiser steps as its code did; give each step's loss and gradient norm."""
+    said, model = golden.case["schedule"], golden.model.train()
+    settings = OptimSettings(**PUBLISHED | dict(lr=said["learning_rate"], warmup_steps=said["warmup_steps"]))
+    model.momentum = said["ema"]
+    optimizer = build_optimizer(model, settings, lr=settings.lr)
+    losses, norms = [], []
+    for step in range(len(golden.case["per_step"])):
+        lr = settings.lr_at(step, global_batch=256, max_steps=said["max_steps"])
+        decay = settings.weight_decay_at(step, said["max_steps"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = decay if group["weight_decay"] else 0.0
+        loss = loss_of(step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+        optimizer.step()
+        model.after_step(step, said["max_steps"])
+        losses.append(float(loss.detach()))
+    return losses, norms
