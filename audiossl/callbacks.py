@@ -152,7 +152,7 @@ class Pictures(Callback):
 
 
 class Forensics(Callback):
-    """Write what a non-finite step looked like to `nonfinite-step=N.pt`: loss, clip keys, waveforms, gradients."""
+    """Write what a non-finite step looked like to `nonfinite-step=N.pt`: loss, clips, targets, gradients."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -172,6 +172,7 @@ class Forensics(Callback):
             "keys": keys,
             "waveforms": [None if b.waveform is None else b.waveform.cpu() for b, _ in batches],
             "spectrograms": [None if b.spectrogram is None else b.spectrogram.cpu() for b, _ in batches],
+            "targets": [None if b.target is None else b.target.cpu() for b, _ in batches],
             "non_finite_gradients": bad,
         }
         if trainer.is_global_zero:

@@ -111,7 +111,7 @@ class ClassScores(Callback):
             self._score(trainer)
             module.to(home)
             for logger in trainer.loggers if trainer.is_global_zero else ():
-                logger.log_metrics(named(self.scores), step=trainer.global_step)
+                logger.log_metrics(named(self.scores), step=trainer.global_step - 1)  # the step that made them
                 logger.save()
         if trainer.is_global_zero:
             self._write(self.folder / "per_class.csv")
@@ -128,10 +128,12 @@ class ClassScores(Callback):
         own = self.scores[""]
         ranked = sorted(np.flatnonzero(own.clips).tolist(), key=lambda c: -own.average_precision[c])
         cut = NUM_SHOWN if len(ranked) > 2 * NUM_SHOWN else len(ranked)
-        what = f"mAP {own.mean_average_precision:.3f}, mean AUC {own.mean_auc:.3f}, d' {own.d_prime:.2f}"
-        absent = f" ({own.num_absent} more have no clip)" if own.num_absent else ""
-        title = f"{own.num_clips} validation clips, {len(ranked)} classes{absent}: {what}"
-        table = Table(title=title, title_justify="left")
+        title = [f"{own.num_clips} validation clips, {len(ranked)} classes"]
+        title += [f"{own.num_absent} more have no clip"] if own.num_absent else []
+        for name, found in self.scores.items():
+            what = f"mAP {found.mean_average_precision:.3f}, AUC {found.mean_auc:.3f}, d' {found.d_prime:.2f}"
+            title.append(f"{name}: {what}" if name else what)
+        table = Table(title="\n".join(title), title_justify="left")
         for column in ("class", "clips", "AP", "AUC", "d'"):
             table.add_column(column, justify="left" if column == "class" else "right")
         for number in ranked[:cut]:

@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 
@@ -81,7 +81,7 @@ def accuracy(scores: NDArray, targets: NDArray) -> float:
 
 def d_prime(auc: ArrayLike) -> NDArray[np.float64]:
     """Turn areas under the ROC curve into d' = sqrt(2) * Phi^-1(AUC)."""
-    return math.sqrt(2) * ndtri(np.asarray(auc, np.float64))
+    return math.sqrt(2) * torch.special.ndtri(torch.as_tensor(auc, dtype=torch.float64)).numpy()
 
 
 def _mean(values: NDArray) -> float:

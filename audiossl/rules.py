@@ -157,6 +157,7 @@ def check_drawing(values: Mapping[str, object]) -> None:
     without = sorted(name for name in names if values.get(f"data.sources.{name}.weight") is None)
     if without and len(without) < len(names):
         raise UserError(f"data.sources.{without[0]}.weight=null: give every source a weight, or none")
+    _check_validation_split(values, names)
     sampling, replacement = values["data.sampling"], values.get("data.replacement")
     if values.get("data.shuffle_shards") and (sampling or replacement):
         what = f"data.sampling={sampling}" if sampling else "data.replacement=true"
@@ -167,6 +168,17 @@ def check_drawing(values: Mapping[str, object]) -> None:
             f"data.sampling={sampling}: without replacement, an epoch of all clips holds each once, whatever its "
             "weight; give data.draws_per_epoch=N (PaSST: 100000), or data.replacement=true"
         )
+
+
+def _check_validation_split(values: Mapping[str, object], names: set[str]) -> None:
+    wanted = values.get("data.validation_split")
+    for key in [f"data.sources.{name}.split" for name in sorted(names)] or ["data.split"]:
+        trained = values.get(key) or values.get("data.split")
+        if wanted and trained and wanted in (trained, *str(trained).split("+")):
+            raise UserError(
+                f"data.validation_split={wanted}: {key}={trained} trains on these clips too; give two splits that "
+                "share none, or null data.validation_split"
+            )
 
 
 def _check_bands(values: Mapping[str, object]) -> None:

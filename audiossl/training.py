@@ -66,10 +66,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
-    clips_in = dict(batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
-    module = Pretraining(method, optim=optim, max_steps=max_steps, seed=config["seed"], **clips_in)
-    samples = crop_samples(config["data"], method, data.rate_hz)
-    run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
+    module, run_data = _module(config, method, data, optim, max_steps)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
@@ -77,8 +74,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     averaging = Averaging(**config["swa"], steps_per_epoch=data.clips_per_epoch / global_batch, max_steps=max_steps)
     classes = score_classes_of(method, data, vocabulary, run_dir, averaging.averages)
     memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
-    own = [accounts, averaging, *memory, *classes]
-    callbacks = [*own, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
+    first = [accounts, *memory, averaging, *classes]
+    callbacks = first + _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -93,8 +90,10 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
-        about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
-        results |= report.finish(method, averaging.averages(), *about)
+        averages = averaging.averages()
+        results |= report.finish(
+            method, averages, config, run_dir, clips, probe, trainer.global_step, classes, vocabulary
+        )
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
@@ -109,6 +108,16 @@ def _build(config: dict[str, Any], run_dir: Path) -> tuple[ShardData, nn.Module,
     vocabulary = data.index.vocabulary if with_labels or takes_classes(config) else None
     torch.manual_seed(config["seed"])  # the initial weights
     return data, method_from_config(config, frontend=frontend, vocabulary=vocabulary), vocabulary
+
+
+def _module(
+    config: dict[str, Any], method: nn.Module, data: ShardData, optim: OptimSettings, max_steps: int
+) -> tuple[Pretraining, RunData]:
+    """Wrap the method for the trainer, and the data in crops as long as the method wants."""
+    sizes = dict(batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
+    module = Pretraining(method, optim=optim, max_steps=max_steps, **sizes, seed=config["seed"])
+    samples = crop_samples(config["data"], method, data.rate_hz)
+    return module, RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
 
 
 def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any]) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
@@ -79,3 +80,19 @@ def train_steps(golden: Golden, loss_of) -> tuple[list[float], list[float]]:
         model.after_step(step, said["max_steps"])
         losses.append(float(loss.detach()))
     return losses, norms
+
+
+def check_steps(golden: Golden, loss_of) -> None:
+    """Compare losses, gradient norms and everything after the case's optimiser steps with the published code's."""
+    losses, norms = train_steps(golden, loss_of)
+    for loss, norm, theirs in zip(losses, norms, golden.case["per_step"], strict=True):
+        assert loss == pytest.approx(theirs["loss"], abs=1e-5)
+        assert norm == pytest.approx(theirs["grad_norm_total"], rel=1e-4)
+    after = {k.removeprefix("after."): v for k, v in golden.expected.items() if k.startswith("after.")}
+    expected, _ = import_pretrained(after, num_heads=golden.config["arch_replaced_by"]["num_heads"])
+    ours = golden.model.state_dict()
+    assert expected.keys() == ours.keys()
+    atol = max(10 * golden.case["tolerance"]["after_params_f32_vs_f64"]["p90_over_tensors"], 1e-6)
+    for name, theirs in expected.items():
+        if not name.endswith("encoder.norm.bias"):  # it has no gradient, and Adam moves it by rounding
+            torch.testing.assert_close(ours[name], theirs, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

@@ -15,7 +15,7 @@ from audiossl.batch import Batch
 from audiossl.encoder import Encoder
 from audiossl.noise import Noise
 
-CONF = "_target_: audiossl.methods.supervised.Supervised\nwidth: 32\ndepth: 2\nhas_average: false\n"
+CONF = "_target_: audiossl.methods.supervised.Supervised\nwidth: 0\ndepth: 0\nnum_heads: 0\nhas_average: false\n"
 
 
 class Supervised(nn.Module):
@@ -23,10 +23,12 @@ class Supervised(nn.Module):
 
     needs_labels = True
 
-    def __init__(self, *, frontend: nn.Module, num_classes: int, width: int, depth: int, has_average: bool):
+    def __init__(
+        self, *, frontend: nn.Module, num_classes: int, width: int, depth: int, num_heads: int, has_average: bool
+    ):
         super().__init__()
         self.frontend = frontend
-        sizes = dict(width=width, depth=depth, num_heads=2, mlp_ratio=2.0, drop_path=0.0, positions="corrected")
+        sizes = dict(width=width, depth=depth, num_heads=num_heads, mlp_ratio=2.0, drop_path=0.0, positions="corrected")
         cut = dict(num_mels=frontend.num_mels, frames=frontend.frames, patch=(16, 16), stride=(16, 16))
         self.encoder = Encoder(**cut, **sizes)
         self.head = nn.Linear(width, num_classes)
