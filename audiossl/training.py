@@ -65,14 +65,8 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
-    module = Pretraining(
-        method,
-        optim=optim,
-        max_steps=max_steps,
-        batch_size=data.batch_size,
-        waveform_rate_hz=data.rate_hz,
-        seed=config["seed"],
-    )
+    sizes = dict(max_steps=max_steps, batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
+    module = Pretraining(method, optim=optim, seed=config["seed"], **sizes)
     samples = crop_samples(config["data"], method, data.rate_hz)
     run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
