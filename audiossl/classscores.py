@@ -51,6 +51,23 @@ def named(scores: Mapping[str, Scores]) -> dict[str, float]:
     return numbers
 
 
+def score_classes_of(
+    method: nn.Module,
+    data: Any,
+    vocabulary: list[str] | None,
+    folder: Path,
+    averages: Callable[[], Mapping[str, nn.Module]],
+) -> list[ClassScores]:
+    """Score the classes where the method can name them and there are clips to validate on: one callback, or none.
+
+    `averages` gives other sets of weights by name; a method may have its own (`averages()`).
+    """
+    if not (data.needs_labels and hasattr(method, "logits") and data.num_validation_clips):
+        return []
+    own = getattr(method, "averages", dict)
+    return [ClassScores(vocabulary=vocabulary, folder=folder, others=lambda: {**own(), **averages()})]
+
+
 class ClassScores(Callback):
     """Log `val_mAP`, `val_auc`, `val_d_prime` (and `val_accuracy` where every clip has one label) of each validation.
 

@@ -20,16 +20,19 @@ from audiossl.weights.export import export_encoder
 
 
 def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: int, global_batch: int, run_dir) -> None:
-    """Log size, data and length of the run in two lines."""
+    """Log size, data and length of the run, and whether it learns from labels, a line each."""
+    model = type(method).__name__
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     encoder = sum(p.numel() for p in method.encoder.parameters())
     log.info(
         "%s: %.1f M parameters to train (encoder %.1f M), %s tokens a clip",
-        type(method).__name__,
+        model,
         trained / 1e6,
         encoder / 1e6,
         getattr(method, "tokens_per_clip", "?"),
     )
+    if getattr(method, "needs_labels", False):
+        log.warning("%s LEARNS FROM LABELS: compare it with methods that do, not with self-supervised ones", model)
     log.info(
         "%d clips (%.2f h)%s; %d steps x %d clips = %.1f epochs%s%s; everything goes to %s",
         data.num_clips,
@@ -46,6 +49,7 @@ def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: in
 
 def finish(
     method: nn.Module,
+    averages: dict[str, nn.Module],
     config: dict[str, Any],
     run_dir: Path,
     clips: list,
@@ -54,8 +58,13 @@ def finish(
     classes: list[ClassScores],
     vocabulary: list[str] | None,
 ) -> dict[str, Any]:
-    """Export the encoder, draw pictures and sound, print the closing tables; give what goes into `results.json`."""
+    """Export the encoder, and those of averages of it; draw pictures and sound, print the closing tables.
+
+    Returns what goes into `results.json`.
+    """
     export_encoder(method, config, run_dir / "encoder.safetensors", vocabulary=vocabulary)
+    for name, averaged in averages.items():
+        export_encoder(averaged, config, run_dir / f"encoder_{name}.safetensors", vocabulary=vocabulary)
     if clips and hasattr(method, "reconstruct"):
         write_reconstructions(method, clips, run_dir, seed=config["seed"])
     steps, loss, validation = read_losses(run_dir / "metrics.csv")
@@ -104,6 +113,7 @@ def read_losses(path: Path) -> tuple[list[int], list[float], list[tuple[int, flo
 FILES = (
     ("checkpoints/last.ckpt", "the whole training state; ckpt=last goes on from here"),
     ("encoder.safetensors", "the encoder alone, for audiossl.load(), with encoder.json"),
+    ("encoder_swa.safetensors", "the same with weights averaged over training (swa.start)"),
     ("reconstruction.png", "original, masked, reconstructed"),
     ("reconstruction.wav", "original, then reconstruction (Griffin-Lim)"),
     ("loss.png", "training and validation loss"),

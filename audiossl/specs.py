@@ -26,6 +26,7 @@ PRETRAIN = Spec(
         "optim": "audiossl.optim.OptimSettings",
         "trainer": "lightning.pytorch.Trainer",
         "checkpoint": "audiossl.checkpointing.Checkpointing",
+        "swa": "audiossl.averaging.Averaging",
         "alarm": "audiossl.alarm.CollapseAlarm",
         "logger": "audiossl.loggers.build_loggers",
         "probe": "audiossl.probing.Probe",
@@ -54,6 +55,7 @@ PRETRAIN = Spec(
             "enable_model_summary",
         ),
         "checkpoint": ("folder", "provenance"),
+        "swa": ("steps_per_epoch", "max_steps"),
         "logger": ("run_dir", "name"),
     },
     types={

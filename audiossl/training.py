@@ -22,11 +22,12 @@ from torch import nn
 
 from audiossl import report
 from audiossl.alarm import CollapseAlarm
+from audiossl.averaging import Averaging
 from audiossl.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
 from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
-from audiossl.classscores import ClassScores
+from audiossl.classscores import score_classes_of
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.ledger import Accounts
@@ -65,17 +66,16 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
-    sizes = dict(max_steps=max_steps, batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
-    module = Pretraining(method, optim=optim, seed=config["seed"], **sizes)
-    samples = crop_samples(config["data"], method, data.rate_hz)
-    run_data = RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
+    module, run_data = _module(config, method, data, optim, max_steps)
     probe = None if config["probe"]["shards"] is None else ProbeCallback(probe=Probe(**config["probe"]))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
     loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
     accounts = Accounts(data.bad_clips, held_out=data.held_out)
-    classes = _class_scores(method, data, vocabulary, run_dir)
+    averaging = Averaging(**config["swa"], steps_per_epoch=data.clips_per_epoch / global_batch, max_steps=max_steps)
+    classes = score_classes_of(method, data, vocabulary, run_dir, averaging.averages)
     memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
-    callbacks = [accounts, *memory, *classes, *_callbacks(config, run_dir, clips, probe, provenance, loggers[0])]
+    first = [accounts, *memory, averaging, *classes]
+    callbacks = first + _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -90,7 +90,10 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
-        results |= report.finish(method, config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
+        averages = averaging.averages()
+        results |= report.finish(
+            method, averages, config, run_dir, clips, probe, trainer.global_step, classes, vocabulary
+        )
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
@@ -107,11 +110,14 @@ def _build(config: dict[str, Any], run_dir: Path) -> tuple[ShardData, nn.Module,
     return data, method_from_config(config, frontend=frontend, vocabulary=vocabulary), vocabulary
 
 
-def _class_scores(method: nn.Module, data: ShardData, vocabulary: list[str] | None, run_dir: Path) -> list[ClassScores]:
-    """Score the classes where the method can name them and there are clips to validate on: one callback, or none."""
-    if not (data.needs_labels and hasattr(method, "logits") and data.num_validation_clips):
-        return []
-    return [ClassScores(vocabulary=vocabulary, folder=run_dir, others=getattr(method, "averages", dict))]
+def _module(
+    config: dict[str, Any], method: nn.Module, data: ShardData, optim: OptimSettings, max_steps: int
+) -> tuple[Pretraining, RunData]:
+    """Wrap the method for the trainer, and the data in crops as long as the method wants."""
+    sizes = dict(batch_size=data.batch_size, waveform_rate_hz=data.rate_hz)
+    module = Pretraining(method, optim=optim, max_steps=max_steps, **sizes, seed=config["seed"])
+    samples = crop_samples(config["data"], method, data.rate_hz)
+    return module, RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
 
 
 def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any]) -> Path | None:

@@ -209,7 +209,7 @@ def test_wrong_value_is_refused_with_its_key_and_rule(refused, row):
 def test_group_choice_is_refused_with_all_choices_nearest_first(refused):
     assert refused("model=audiomea").startswith("model=audiomea: there is no such model; choose one of: audiomae")
     assert refused("size=tny").split(": ")[2].split(", ")[0] == "tiny"
-    assert refused("+experiment=audiomae_base").endswith("choose one of: audiomae_base_as2m")
+    assert "choose one of: audiomae_base_as2m" in refused("+experiment=audiomae_base")
     assert refused("trainer=null").startswith("trainer=null: there is no such trainer")
 
 

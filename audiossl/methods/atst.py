@@ -76,6 +76,7 @@ class TeacherStudent(nn.Module):
         super().__init__()
         self.frontend, self.momentum, self.symmetric = frontend, momentum, symmetric
         self.feature_dim = projection_width
+        self.view_samples = frontend.samples_for(frontend.frames)
         self.tokens_per_clip = encoder.grid[0] * (frontend.frames // encoder.stride[1])
         projector = projection_head(encoder.width, projector_width, projection_width)
         predictor = projection_head(projection_width, projector_width, projection_width)
@@ -104,6 +105,17 @@ class TeacherStudent(nn.Module):
         momentum = momentum_at(step, self.momentum, max_steps)
         for part in ("encoder", "projector"):
             update_teacher(self.teacher[part], self.student[part], momentum)
+
+    def cropped(self, batch: Batch, draw: Tensor) -> Tensor:
+        """Cut a view's length out of each waveform, where `draw` (B,) in [0, 1) says: (B, 1, F, T)."""
+        if len(batch) == 0:  # every clip was unreadable; the ranks still have to meet in the batch statistics
+            return self.frontend.window.new_zeros(0, 1, self.frontend.num_mels, self.frontend.frames)
+        num_samples = batch.num_samples
+        if num_samples is None:
+            num_samples = torch.full_like(draw, batch.waveform.shape[1], dtype=torch.int64)
+        starts = crop_starts(draw, num_samples, self.view_samples)
+        left = (num_samples - starts).clamp(max=self.view_samples)
+        return self.frontend(crop(batch.waveform, starts, self.view_samples, num_samples), left)
 
     def compare(self, student: Tensor, teacher: Tensor, num_views: int) -> dict[str, Tensor]:
         """Compare encoded rows, one view behind the other: (views * n, D) each -> `loss` and the features' health.
@@ -162,7 +174,6 @@ class ATSTClip(TeacherStudent):
         encoder = atst_encoder(frontend, position_frames, num_class_tokens=1, **sizes, **cut)
         heads = dict(projector_width=projector_width, projection_width=projection_width)
         super().__init__(frontend=frontend, encoder=encoder, **heads, momentum=momentum, symmetric=symmetric)
-        self.view_samples = frontend.samples_for(frontend.frames)
         self.crop_samples = math.ceil(self.view_samples / 0.6)  # published: views of 6 s from clips of 10 s
         self.resized_crop = RandomResizedCrop(tuple(crop_canvas), tuple(crop_frequency), tuple(crop_time))
         self.memory = nn.ModuleList(MixupBank(size=mixup_memory, ratio=mixup_ratio) for _ in range(2))
@@ -195,14 +206,3 @@ class ATSTClip(TeacherStudent):
         mixed = memory.mix(spectrogram, share[:, 0], entry[:, 0])
         memory.push(spectrogram, batch.key)
         return self.resized_crop.apply(mixed, self.resized_crop.boxes(box, tuple(mixed.shape[2:])))
-
-    def cropped(self, batch: Batch, draw: Tensor) -> Tensor:
-        """Cut a view's length out of each waveform, where `draw` (B,) in [0, 1) says: (B, 1, F, T)."""
-        if len(batch) == 0:  # every clip was unreadable; the ranks still have to meet in the batch statistics
-            return self.frontend.window.new_zeros(0, 1, self.frontend.num_mels, self.frontend.frames)
-        num_samples = batch.num_samples
-        if num_samples is None:
-            num_samples = torch.full_like(draw, batch.waveform.shape[1], dtype=torch.int64)
-        starts = crop_starts(draw, num_samples, self.view_samples)
-        left = (num_samples - starts).clamp(max=self.view_samples)
-        return self.frontend(crop(batch.waveform, starts, self.view_samples, num_samples), left)

@@ -64,7 +64,6 @@ class ATSTFrame(TeacherStudent):
         super().__init__(frontend=frontend, encoder=encoder, **heads, momentum=momentum, symmetric=symmetric)
         self.mask_token = nn.Parameter(truncated_normal(1, 1, width))
         self.masking = SpanMasking(mask, mask_ratio, mask_length, mask_shortest, mask_share)
-        self.view_samples = frontend.samples_for(frontend.frames)
         self.warp = RandomResizedCrop((1.0, 1.0), tuple(warp_frequency), (1.0, 1.0))
         self.memory = nn.ModuleList([MixupBank(size=mixup_memory, ratio=mixup_ratio)])
 

@@ -1,8 +1,8 @@
 """Where can an encoder start from?
 
 From a run, a checkpoint or an exported encoder of ours, from the authors' files, or from an image model of timm: their
-blocks have the same names, the three colour kernels of the patch embedding are summed (as Audio-MAE and PaSST do), and
-its image positions are left behind, since ours are a fixed table of another grid.
+blocks have the same names, the three colour kernels of the patch embedding are summed (as Audio-MAE and PaSST do). Its
+image positions are split into rows and columns where ours are (PaSST), and left behind where ours are another table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.nn.functional import interpolate
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
+from audiossl.positions import AxisPositions, SinCosPositions
+from audiossl.weights import passt
 from audiossl.weights.audiomae import import_encoder, is_audiomae
 from audiossl.weights.export import read_export, read_safetensors
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
@@ -47,19 +49,39 @@ def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], s
         return _fit_positions(import_encoder(state), encoder), f"Audio-MAE's {path}"
     if _is_timm(state):
         return from_timm(state, encoder), f"image weights {path}"
-    raise UserError(f"init={source}: neither ours, Audio-MAE's nor a timm vision transformer: keys {list(state)[:4]}")
+    if passt.is_passt(theirs := passt.bare_names(checkpoint)):
+        return _fit_positions(passt.import_encoder(theirs), encoder), f"PaSST's {path}"
+    raise UserError(
+        f"init={source}: neither ours, Audio-MAE's, PaSST's nor a timm vision transformer: keys {list(state)[:4]}"
+    )
 
 
 def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     """Turn a timm vision transformer's state dict into ours: RGB kernels summed, resized to our patch if need be."""
-    ours = {"positions.table": encoder.positions.table.detach().clone()}
     kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     if tuple(kernel.shape[-2:]) != encoder.patch:
         kernel = interpolate(kernel, encoder.patch, mode="bicubic", antialias=True)
-    ours["patch_embed.proj.weight"], ours["patch_embed.proj.bias"] = kernel, state["patch_embed.proj.bias"]
-    ours["class_token"] = state["cls_token"]
+    ours = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": state["patch_embed.proj.bias"]}
+    if encoder.num_class_tokens:
+        tokens = [state["cls_token"], state.get("dist_token", state["cls_token"])]
+        ours["class_token"] = torch.cat(tokens[: encoder.num_class_tokens], dim=1)
+    ours |= _image_positions(state, encoder)
     ours |= {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
     return ours
+
+
+def _image_positions(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Take what the model's positions can use of a square image's.
+
+    Where the image model has no distillation token, ours starts as a copy of its class token, position included.
+    """
+    own = {f"positions.{name}": value.detach().clone() for name, value in encoder.positions.state_dict().items()}
+    if not isinstance(encoder.positions, AxisPositions):
+        return own
+    table, num_tokens = state["pos_embed"], 2 if "dist_token" in state else 1
+    if encoder.num_class_tokens:
+        own["positions.class_table"] = table[:, [0, num_tokens - 1][: encoder.num_class_tokens]]
+    return own | passt.split_image_positions(table, encoder.grid, num_tokens)
 
 
 def describe_mismatch(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
@@ -76,10 +98,18 @@ def describe_mismatch(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> st
 
 
 def _fit_positions(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """Keep the model's own position table where the grids differ: it is a function of the grid, not learned."""
-    table = encoder.positions.table
-    if "positions.table" in found and found["positions.table"].shape != table.shape:
-        return found | {"positions.table": table.detach().clone()}
+    """Make positions of another grid fit where that loses nothing.
+
+    A fixed table is a function of the grid: the model keeps its own. A learned one that reaches further is cut.
+    """
+    own = encoder.positions.state_dict()
+    for name in ("time", "table"):
+        key = f"positions.{name}"
+        if name not in own or key not in found or found[key].shape == own[name].shape:
+            continue
+        is_fixed = isinstance(encoder.positions, SinCosPositions)
+        columns = own[name].shape[1]
+        found = found | {key: own[name].detach().clone() if is_fixed else found[key][:, :columns].contiguous()}
     return found
 
 

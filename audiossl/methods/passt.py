@@ -1,0 +1,201 @@
+"""Can a transformer that was trained on images learn to name sounds, fast, from patches it does not even see?
+
+PaSST (arXiv 2110.05069) LEARNS FROM LABELS: it is no self-supervised method, and belongs beside the others as the
+supervised measure of them. Patches overlap; in training whole rows and columns of patches, and single ones, are left
+out ("patchout"), which makes the sequence short and the model robust. Time and frequency have learned positions of
+their own, so that clips may be shorter. The order of this file: what is left out, the method.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from audiossl.augment import SpectrogramAugmentation, WaveformAugmentation
+from audiossl.batch import Batch
+from audiossl.encoder import Encoder, init_truncated_normal
+from audiossl.errors import UserError
+from audiossl.frontend import beyond
+from audiossl.masking import keep_cells, smallest
+from audiossl.noise import Noise
+from audiossl.patches import grid_of
+from audiossl.waveform import to_float
+
+log = logging.getLogger(__name__)
+
+
+class Patchout:
+    """Choose the patches that training keeps: `time` columns and `frequency` rows go, then `single` of what is left.
+
+    per_clip: every clip loses others; published: all clips of a batch lose the same.
+    """
+
+    def __init__(self, *, time: int, frequency: int, single: int, per_clip: bool):
+        for name, value in (("time", time), ("frequency", frequency), ("random", single)):
+            if value < 0:
+                raise UserError(f"model.patchout_{name}={value}: must be at least 0, which leaves nothing out")
+        self.time, self.frequency, self.single, self.per_clip = time, frequency, single, per_clip
+
+    def num_kept(self, grid: tuple[int, int]) -> int:
+        """Count the patches K that stay of a grid; raise `UserError` where none does."""
+        rows, columns = grid[0] - self.frequency, grid[1] - self.time
+        count = rows * columns - self.single
+        if min(rows, columns, count) < 1:
+            raise UserError(
+                f"model.patchout_time={self.time}, patchout_frequency={self.frequency} and patchout_random="
+                f"{self.single} leave nothing of {grid[0]} x {grid[1]} patches (frequency x time): lower them"
+            )
+        return count
+
+    def keep(self, generator: Noise, grid: tuple[int, int]) -> Tensor | None:
+        """Draw keep (B, K) int64, ascending; None where nothing is left out."""
+        if self.time == self.frequency == self.single == 0:
+            return None
+        self.num_kept(grid)
+        clips = len(generator.rows)
+
+        def chosen(count: int, kept: int) -> Tensor:
+            uniform = generator.uniform(count) if self.per_clip else generator.shared(1, count).expand(clips, -1)
+            return smallest(uniform, kept)
+
+        columns, rows = chosen(grid[1], grid[1] - self.time), chosen(grid[0], grid[0] - self.frequency)
+        keep = keep_cells(rows, columns, grid[1])
+        return keep.gather(1, chosen(keep.shape[1], keep.shape[1] - self.single)) if self.single else keep
+
+
+class PaSST(nn.Module):
+    """Train `encoder` and `head` to name what is heard, from labels: `batch.target` (B, num_classes) in [0, 1].
+
+    Features are the mean of class and distillation token (`distilled: false`: the class token), logits the head of
+    them. `position_frames` is the longest clip the positions reach, null for the front end's length; longer clips are
+    cut, shorter ones take a random stretch of the positions in training and the first in evaluation. `stride_time`
+    null is `stride`. `draws`: `published` leaves out and masks the same of all clips of a batch, `corrected` something
+    else of each. Differs: the published distillation head, which no forward pass used, is left out; and a clip too
+    long for the positions is cut before patchout draws its columns, where published training ran out of the table.
+    """
+
+    needs_labels = True
+
+    def __init__(
+        self,
+        *,
+        frontend: nn.Module,
+        num_classes: int,
+        patch: int,
+        stride: int,
+        stride_time: int | None,
+        position_frames: int | None,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        distilled: bool,
+        patchout_time: int,
+        patchout_frequency: int,
+        patchout_random: int,
+        draws: Literal["published", "corrected"],
+        gain_db: int,
+        roll_samples: int,
+        waveform_mixup: float,
+        waveform_mixup_alpha: float,
+        mask_bands: int,
+        mask_frames: int,
+        spectrogram_mixup_alpha: float | None,
+    ):
+        super().__init__()
+        if draws not in ("published", "corrected"):
+            raise UserError(f"model.draws={draws!r}: choose published or corrected")
+        frames = frontend.frames if position_frames is None else position_frames
+        if frames is None:
+            raise UserError("frontend.seconds and model.position_frames are both null: say how far positions reach")
+        self.frontend = frontend
+        per_clip = dict(per_clip=draws == "corrected")
+        self.patchout = Patchout(time=patchout_time, frequency=patchout_frequency, single=patchout_random, **per_clip)
+        waves = dict(mixup_probability=waveform_mixup, mixup_alpha=waveform_mixup_alpha)
+        self.augment_waveform = WaveformAugmentation(gain_db=gain_db, roll_samples=roll_samples, **waves)
+        masks = dict(widest_bands=mask_bands, widest_frames=mask_frames, fill=-frontend.centre / frontend.scale)
+        mixup = dict(mixup_alpha=spectrogram_mixup_alpha)
+        self.augment_spectrogram = SpectrogramAugmentation(**masks, **mixup, **per_clip)
+        strides = (stride, stride if stride_time is None else stride_time)
+        cut = dict(num_mels=frontend.num_mels, frames=frames, patch=(patch, patch), stride=strides)
+        sizes = dict(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
+        tokens = dict(positions="time+frequency", num_class_tokens=2 if distilled else 1, qkv_bias=True)
+        self.encoder = Encoder(**cut, **sizes, **tokens)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+        self.apply(init_truncated_normal)
+        heard = frames if frontend.frames is None else min(frontend.frames, frames)
+        grid = grid_of(frontend.num_mels, heard, self.encoder.patch, self.encoder.stride)
+        self.patchout.num_kept(grid)
+        self.tokens_per_clip = grid[0] * grid[1]
+        self._has_cut = False
+
+    def forward(self, batch: Batch, *, generator: Noise) -> dict[str, Tensor]:
+        """Return the `loss`, mean binary cross-entropy; augmented and with patches left out in training mode only."""
+        if len(batch) == 0:  # every clip of the micro-batch was unreadable; DDP still wants a gradient everywhere
+            return {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
+        if batch.target is None:
+            raise UserError("model=passt learns from labels, and these clips have none")
+        target, spectrogram = batch.target.float(), batch.spectrogram
+        if spectrogram is None:
+            spectrogram, target = self._hear(batch, target, generator)
+        if not self.training:
+            return {"loss": self.loss(self.classify(spectrogram), target)}
+        spectrogram, target = self.augment_spectrogram(spectrogram, target, generator)
+        spectrogram = self.cut(spectrogram)
+        grid = self.encoder.grid_for(spectrogram)
+        spare = self.encoder.grid[1] - grid[1]
+        first_column = generator.randint(spare + 1) if spare else 0
+        keep = self.patchout.keep(generator, grid)
+        return {"loss": self.loss(self.classify(spectrogram, keep, first_column), target)}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Say how likely each class is, before the sigmoid: (B, num_classes). Nothing is drawn or left out."""
+        spectrogram = batch.spectrogram
+        if spectrogram is None:
+            spectrogram = self.frontend(batch.waveform, batch.num_samples)
+        return self.classify(spectrogram)
+
+    def features(self, spectrogram: Tensor, keep: Tensor | None = None, first_column: int = 0) -> Tensor:
+        """Describe (B, 1, F, T) by the mean of its class tokens: (B, D); `keep` (B, K) as for the encoder."""
+        tokens = self.encoder.embed(self.cut(spectrogram))
+        encoded = self.encoder.encode(tokens, keep, first_column=first_column)
+        return encoded[:, : self.encoder.num_class_tokens].mean(1)
+
+    def classify(self, spectrogram: Tensor, keep: Tensor | None = None, first_column: int = 0) -> Tensor:
+        """Turn (B, 1, F, T) into logits (B, num_classes)."""
+        return self.head(self.features(spectrogram, keep, first_column))
+
+    @staticmethod
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        """Compare logits with targets in [0, 1], both (B, C): the mean over clips and classes."""
+        return binary_cross_entropy_with_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+
+    def cut(self, spectrogram: Tensor) -> Tensor:
+        """Cut (B, 1, F, T) to what the positions reach; say so once."""
+        patch, stride = self.encoder.patch, self.encoder.stride
+        columns = self.encoder.grid[1]
+        if grid_of(*spectrogram.shape[-2:], patch, stride)[1] <= columns:
+            return spectrogram
+        reach = (columns - 1) * stride[1] + patch[1]
+        if not self._has_cut:
+            self._has_cut = True
+            log.warning("clips of %d frames are cut to %d, as far as positions reach", spectrogram.shape[-1], reach)
+        return spectrogram[..., :reach]
+
+    def _hear(self, batch: Batch, target: Tensor, generator: Noise) -> tuple[Tensor, Tensor]:
+        """Augment waveforms in training, and turn them into spectrograms (B, 1, F, T); returns targets with them.
+
+        A clip that was rolled or mixed is audio from end to end: its padding is part of it, as published.
+        """
+        if not self.training:
+            return self.frontend(batch.waveform, batch.num_samples, generator), target
+        waveform = to_float(batch.waveform)
+        if batch.num_samples is not None:
+            waveform = waveform.masked_fill(beyond(batch.num_samples[:, None], waveform.shape[1]), 0.0)
+        waveform, target = self.augment_waveform(waveform, target, generator)
+        return self.frontend(waveform, None, generator), target

@@ -1,0 +1,114 @@
+"""What every method keeps, found by its YAML."""
+
+import signal
+
+import pytest
+import torch
+from commands import kill_when, start, train
+from conftest import ROOT
+from maes import real_clips
+from methods import batch_of, build, settings_of
+from test_resume import column
+
+from audiossl.noise import Noise
+from audiossl.optim import parameter_groups
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return real_clips(4, 5.0)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return build(request.param)
+
+
+def forward(method, clips, step=0):
+    return method(batch_of(method, clips), generator=Noise.for_batch(0, step, len(clips)))
+
+
+def test_the_loss_is_finite_and_reaches_every_weight_that_is_trained(method, clips):
+    output = forward(method.train(), clips)
+    assert all(value.ndim == 0 and value.isfinite() for value in output.values())
+    output["loss"].backward()
+    without = [
+        name for name, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without
+    assert all(p.grad is None for p in method.parameters() if not p.requires_grad)
+
+
+def test_a_teacher_is_in_no_optimiser_group_and_follows_after_the_step(method, clips):
+    trained = {name for group in parameter_groups(method, weight_decay=0.1) for name in group["names"]}
+    assert trained == {name for name, p in method.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("teacher.") for name in trained)
+    if not hasattr(method, "after_step"):
+        return
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(1.0)
+    before = {name: p.clone() for name, p in method.teacher.named_parameters()}
+    method.after_step(0, 100)
+    moved = [float((p - before[name]).mean()) for name, p in method.teacher.named_parameters()]
+    assert all(0 < move < 0.02 for move in moved)
+
+
+def test_the_loss_halves_on_four_clips_without_a_collapse(method, clips):
+    method.train()
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
+    losses, output = [], {}
+    for step in range(150):
+        torch.manual_seed(step)
+        output = forward(method, clips, step % 5)
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+        if hasattr(method, "after_step"):
+            method.after_step(step, 150)
+        losses.append(float(output["loss"].detach()))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    with torch.no_grad():
+        spread = method.encoder(method.frontend(clips[:, : method.frontend.samples_for(method.frontend.frames)])).std(0)
+    assert float(spread.mean()) > 0.02, "the encoder says the same of every clip"
+    if "teacher_std" in output:
+        assert float(output["teacher_std"]) > 0.25 / method.feature_dim**0.5
+
+
+def test_a_batch_without_a_readable_clip_costs_nothing(method, clips):
+    output = method.train()(batch_of(method, clips[:0]), generator=Noise(0, 0, torch.arange(0), 4))
+    output["loss"].backward()
+    assert float(output["loss"]) == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tmp_path):
+    arguments = [
+        *settings_of(name),
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "data.validation_clips=8",
+        "validate_every_steps=4",
+        "trainer.max_steps=8",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep_last=9",
+        "trainer=cpu",
+        "trainer.log_every_n_steps=1",
+        "probe=none",
+        "pictures.clips=0",
+        "trace=true",
+    ]
+    runs = tmp_path / "straight", tmp_path / "killed"
+    train(*arguments, f"hydra.run.dir={runs[0]}", cwd=tmp_path)
+    process = start(*arguments, f"hydra.run.dir={runs[1]}", cwd=tmp_path)
+    assert kill_when(process, runs[1] / "checkpoints" / "step=000000003.ckpt", signal.SIGKILL) == -signal.SIGKILL
+    assert "resuming from" in train(*arguments, f"hydra.run.dir={runs[1]}", "ckpt=last", cwd=tmp_path)
+    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
+    assert first["global_step"] == second["global_step"] == 8
+    for key, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][key]), key
+    assert column(runs[0], "loss") == column(runs[1], "loss") and len(column(runs[0], "loss")) == 8
+    assert (runs[0] / "trace.csv").read_text() == (runs[1] / "trace.csv").read_text()
