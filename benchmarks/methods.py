@@ -3,8 +3,8 @@
 Trains every method by `python train.py model=...` on the demo audio for equally many clips, each from several seeds,
 and prints parameters, tokens, FLOPs, clips/s and steps, and how a frozen encoder scores (kNN, linear) on labelled
 shards with folds, beside the same encoder untrained and the statistics of the log-mel. Methods that learn from labels
-have rows of their own: of the labelled clips they see fewer, more often. Writes methods.json, methods.md and methods.png; a
-run that was stopped goes on where it was, and one that is finished is only read.
+have rows of their own: of the labelled clips they see fewer, more often. Writes methods.json, methods.md and
+methods.png; a run that was stopped goes on where it was, and one that is finished is only read.
 
     python benchmarks/methods.py --probe demo/shards                             the demo's own 60 test clips
     python -m audiossl pack ESC10 --out esc10 --codec keep && python benchmarks/methods.py --probe esc10 --seeds 0 1
