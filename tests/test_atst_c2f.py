@@ -57,9 +57,10 @@ def test_what_student_and_teacher_say_equals_the_published_logits(golden):
     said = {
         "eval.student_feature": features,
         "eval.student_logits": model.head(features),
-        "eval.student_distill_logits": model.distill_logits(features),
         "eval.teacher_logits": model.teacher_logits(mel, lengths),
     }
+    if model.projector is not None:
+        said["eval.student_distill_logits"] = model.distill_logits(features)
     for name in set(said) & set(golden.expected):
         torch.testing.assert_close(
             said[name], golden.expected[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -81,7 +82,7 @@ def test_a_training_steps_losses_gradients_and_statistics_equal_the_published_on
             .replace("pos_embed", "positions.table")
         )
         ours = "head." + ours.removeprefix("linear.") if ours.startswith("linear.") else ours
-        assert norms[ours] == pytest.approx(theirs, rel=2e-3, abs=1e-6), name
+        assert norms[ours] == pytest.approx(theirs, rel=1e-3, abs=2e-5), name  # before a norm: none in truth
     buffers = dict(model.named_buffers())
     for name, theirs in golden.expected.items():
         if name.startswith("train.buffer."):
@@ -108,11 +109,11 @@ def test_an_exported_classifier_teaches_as_it_was(tmp_path):
     clip = method_from_config(config, vocabulary=names).eval()
     export_classifier(clip, config, names, tmp_path / "classifier.safetensors")
     teacher, frames, _ = load_classifier(str(tmp_path), num_classes=3)
-    assert frames == 1001
+    assert frames == clip.frontend.frames
     for name, value in clip.encoder.state_dict().items():
         assert torch.equal(teacher["encoder"].state_dict()[name], value)
     config["model"] |= dict(student="frame", teacher=str(tmp_path), distill_weight=0.5)
-    assert method_from_config(config, vocabulary=names).chunk_frames == 1001
+    assert method_from_config(config, vocabulary=names).chunk_frames == frames
     with pytest.raises(UserError, match="trained on other classes"):
         method_from_config(config, vocabulary=["cat", "rain", "dog"])
     with pytest.raises(UserError, match="names 3 classes, the shards have 2"):

@@ -115,12 +115,14 @@ class ATSTC2F(nn.Module):
     def loss(self, spectrogram: Tensor, num_frames: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Compare (B, 1, F, T), of which num_frames (B,) are audio, with target (B, C)."""
         features = features_of(self.encoder, spectrogram, num_frames, None)
-        output = {"label_loss": self._mean(self.head(features), target)}
+        logits = self.head(features)  # once: batch statistics move with every call
+        output = {"label_loss": self._mean(logits, target)}
         if self.teacher is None:
             return {"loss": output["label_loss"]}
         with torch.no_grad():
             said = self.teacher_logits(spectrogram, num_frames).sigmoid()
-        output["distill_loss"] = self._mean(self.distill_logits(features), said)
+        distilled = logits if self.projector is None else self.distill_logits(features)
+        output["distill_loss"] = self._mean(distilled, said)
         share = self.distill_weight
         return {"loss": share * output["distill_loss"] + (1 - share) * output["label_loss"], **output}
 
@@ -130,7 +132,8 @@ class ATSTC2F(nn.Module):
 
     def distill_logits(self, features: Tensor) -> Tensor:
         """Say what is compared with the teacher: (B, D) -> (B, C)."""
-        return self.head(features) if self.projector is None else self.distill_head(self.projector(features))
+        assert self.projector is not None, "without a projector they are the head's"
+        return self.distill_head(self.projector(features))
 
     def logits(self, batch: Batch) -> Tensor:
         """Name what is heard: (B, C)."""
