@@ -57,7 +57,21 @@ def method_from_config(
         if not vocabulary:
             raise UserError(f"model={config['model']['_target_']}: needs classes, and the shards have no label")
         code_args["num_classes"] = len(vocabulary)
-    return instantiate(config["model"], **code_args)
+    method = instantiate(config["model"], **code_args)
+    _check_teacher(getattr(method, "teacher_description", {}), config, vocabulary)
+    return method
+
+
+def _check_teacher(teacher: dict[str, Any], config: dict[str, Any], vocabulary: Sequence[str] | None) -> None:
+    """Refuse a teacher that names other classes, or hears through another front end, than the run."""
+    source = config["model"].get("teacher")
+    if teacher.get("vocabulary", vocabulary) != vocabulary:
+        raise UserError(f"model.teacher={source}: was trained on other classes than the shards have")
+    for key, value in teacher.get("frontend", {}).items():
+        if key != "seconds" and config["frontend"].get(key) != value:
+            raise UserError(
+                f"model.teacher={source}: was trained with frontend.{key}={value}, not {config['frontend'].get(key)}"
+            )
 
 
 def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:

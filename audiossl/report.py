@@ -16,20 +16,28 @@ from audiossl.classscores import ClassScores
 from audiossl.plots import loss_figure
 from audiossl.probing import ProbeCallback
 from audiossl.reconstruct import write_reconstructions
+from audiossl.weights.classifier import export_classifier
 from audiossl.weights.export import export_encoder
+
+
+def sizes_of(method: nn.Module) -> dict[str, int | None]:
+    """Count a method's trained parameters, its encoder's, and the tokens of a clip where it says so."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for p in method.encoder.parameters())
+    tokens = getattr(method, "tokens_per_clip", None)
+    return {"parameters": trained, "encoder_parameters": encoder, "tokens": tokens}
 
 
 def announce(log: logging.Logger, method: nn.Module, data, layout, max_steps: int, global_batch: int, run_dir) -> None:
     """Log size, data and length of the run, and whether it learns from labels, a line each."""
     model = type(method).__name__
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    encoder = sum(p.numel() for p in method.encoder.parameters())
+    sizes = sizes_of(method)
     log.info(
         "%s: %.1f M parameters to train (encoder %.1f M), %s tokens a clip",
         model,
-        trained / 1e6,
-        encoder / 1e6,
-        getattr(method, "tokens_per_clip", "?"),
+        sizes["parameters"] / 1e6,
+        sizes["encoder_parameters"] / 1e6,
+        sizes["tokens"] or "?",
     )
     if getattr(method, "needs_labels", False):
         log.warning("%s LEARNS FROM LABELS: compare it with methods that do, not with self-supervised ones", model)
@@ -65,13 +73,16 @@ def finish(
     export_encoder(method, config, run_dir / "encoder.safetensors", vocabulary=vocabulary)
     for name, averaged in averages.items():
         export_encoder(averaged, config, run_dir / f"encoder_{name}.safetensors", vocabulary=vocabulary)
+    if vocabulary is not None and hasattr(method, "head"):
+        export_classifier(method, config, vocabulary, run_dir / "classifier.safetensors")
     if clips and hasattr(method, "reconstruct"):
         write_reconstructions(method, clips, run_dir, seed=config["seed"])
     steps, loss, validation = read_losses(run_dir / "metrics.csv")
     loss_figure(steps, loss, validation, run_dir / "loss.png")
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(_files_table(run_dir))
-    results = {"loss": loss[-1] if loss else None, "val_loss": validation[-1][1] if validation else None}
+    results = {"model": sizes_of(method)}
+    results |= {"loss": loss[-1] if loss else None, "val_loss": validation[-1][1] if validation else None}
     for scores in classes:
         console.print(scores.table())
         results |= scores.results()
@@ -114,6 +125,7 @@ FILES = (
     ("checkpoints/last.ckpt", "the whole training state; ckpt=last goes on from here"),
     ("encoder.safetensors", "the encoder alone, for audiossl.load(), with encoder.json"),
     ("encoder_swa.safetensors", "the same with weights averaged over training (swa.start)"),
+    ("classifier.safetensors", "encoder and head, with the names of the classes"),
     ("reconstruction.png", "original, masked, reconstructed"),
     ("reconstruction.wav", "original, then reconstruction (Griffin-Lim)"),
     ("loss.png", "training and validation loss"),

@@ -14,7 +14,7 @@ from audiossl.errors import UserError
 from audiossl.masking import keep_cells
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
-from audiossl.weights.passt import import_pretrained
+from audiossl.weights.passt import import_pretrained, split_image_positions
 from audiossl.weights.reading import read_torch_file
 
 
@@ -127,6 +127,18 @@ def test_an_image_model_becomes_a_start_as_published(folder):
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
     spectrogram = load_file(folder / "input.safetensors")["x"]
     torch.testing.assert_close(model.features(spectrogram), expected["embedding"], rtol=0, atol=1e-5)
+
+
+def test_image_positions_become_means_over_columns_and_over_rows():
+    picture = torch.arange(6.0)[:, None, None] + torch.arange(6.0)[None, :, None] * 100  # rows count ones, columns 100
+    table = torch.cat([torch.tensor([[[-7.0]]]), picture.reshape(1, 36, 1)], dim=1)
+    split = split_image_positions(table, (6, 12), num_tokens=1)
+    frequency, time = split["positions.frequency"][:, 0, 0], split["positions.time"][0, :, 0]
+    torch.testing.assert_close(frequency, torch.arange(6.0) + 250)
+    inner = time.unflatten(0, (6, 2)).mean(1)[1:-1]  # at the ends bicubic interpolation bends a line
+    torch.testing.assert_close(inner, 2.5 + 100 * torch.arange(1.0, 5.0), rtol=0, atol=3)
+    with pytest.raises(UserError, match="only square image models"):
+        split_image_positions(table, (6, 12), num_tokens=2)
 
 
 def test_the_authors_file_gives_an_encoder_its_start():

@@ -49,6 +49,18 @@ def export_encoder(
 
     `vocabulary` names the classes that the method was trained on, if it was.
     """
+    text = json.dumps(describe(method, config, vocabulary), indent=2)
+    weights = {k: v.detach().cpu().contiguous() for k, v in method.encoder.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(weights, part, metadata={"description": text})
+    os.replace(part, path)
+    part = path.with_suffix(".json.part")
+    part.write_text(text + "\n")
+    os.replace(part, path.with_suffix(".json"))
+
+
+def describe(method: nn.Module, config: dict[str, Any], vocabulary: list[str] | None) -> dict[str, Any]:
+    """Say how encoder and front end are rebuilt, what they were trained on, and on which classes if on any."""
     description = {
         "format": FORMAT,
         "audiossl": __version__,
@@ -61,16 +73,7 @@ def export_encoder(
             "std": config["data"]["std"],
         },
     }
-    if vocabulary is not None:
-        description["vocabulary"] = vocabulary
-    text = json.dumps(description, indent=2)
-    weights = {k: v.detach().cpu().contiguous() for k, v in method.encoder.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(weights, part, metadata={"description": text})
-    os.replace(part, path)
-    part = path.with_suffix(".json.part")
-    part.write_text(text + "\n")
-    os.replace(part, path.with_suffix(".json"))
+    return description | ({} if vocabulary is None else {"vocabulary": vocabulary})
 
 
 def load_encoder(path: str | Path) -> LoadedEncoder:
