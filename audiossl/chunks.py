@@ -84,7 +84,7 @@ def class_token_over_blocks(
     `num_layers` may exceed the encoder's depth. Source: ATST's `AST.forward` with `avg=True`.
     """
     tokens, num_layers = encoder.embed(spectrogram), min(num_layers, len(encoder.blocks))
-    valid = valid_tokens(encoder, num_frames, encoder.grid_for(spectrogram))
+    valid = valid_tokens(encoder, num_frames.to(spectrogram.device), encoder.grid_for(spectrogram))
     layers = encoder.encode_layers(tokens, num_layers=num_layers, valid=valid, normed=False)
     return torch.stack([layer[:, 0] for layer in layers]).mean(0)
 
