@@ -32,8 +32,9 @@ class CollapseAlarm(Callback):
     Collapsed is: the loss (2 - 2 cos, 0 to 4) below `loss` while `student_std` or `teacher_std` is below `std_share` of
     1 / sqrt(`method.feature_dim`); or `teacher_rank`, less the 1 of a single direction, below `rank_share` of its
     highest so far. (The student's rank is logged and not judged: that of an untrained predictor's noise is high, and
-    its first steps bring it to a handful in healthy runs too.) At a share s of the std two clips' features have a mean cosine of 1 - s ** 2: at
-    .25 a clip predicted from another one has a loss of .125, so a loss below .1 says next to nothing.
+    its first steps bring it to a handful in healthy runs too.) At a share s of the std two clips' features have a mean
+    cosine of 1 - s ** 2: at .25 a clip predicted from another one has a loss of .125, so a loss below .1 says next to
+    nothing.
 
     What the method does not log is not judged. All ranks see the same means and stop at the same step, before a
     checkpoint of it, rank 0 with `CollapseError` and the others with `SystemExit(2)`; `action` warn says it once each
