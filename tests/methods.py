@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from audiossl.batch import Batch
 from audiossl.build import method_from_config
+from audiossl.index import Index
 from audiossl.waveform import resample
 
 SMALL = {  # of which each method takes what it knows
@@ -25,7 +26,7 @@ SMALL = {  # of which each method takes what it knows
     "patchout_time": 4,
     "patchout_frequency": 2,
 }
-CLASSES = ["cat", "dog", "rain", "saw"]
+CLASSES = Index.load(ROOT / "demo" / "shards").vocabulary
 
 
 def compose_for(model: str) -> dict:
