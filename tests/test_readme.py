@@ -47,7 +47,7 @@ def test_ci_runs_the_readmes_test_command_and_nothing_else():
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\n" + command)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/faults.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/faults.md", "docs/methods.md"])
 def test_every_link_between_our_pages_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert links and all((ROOT / page).parent.joinpath(link).exists() for link in links)
