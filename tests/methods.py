@@ -29,10 +29,11 @@ SMALL = {  # of which each method takes what it knows
 CLASSES = Index.load(ROOT / "demo" / "shards").vocabulary
 
 
-def compose_for(model: str) -> dict:
+def compose_for(model: str, *overrides: str) -> dict:
     """Compose what a method and its front end are built from, for `python train.py model=...`."""
+    overrides = [f"model={model}", f"root={ROOT}", "run_dir=x", "name=x", *overrides]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = compose("train", overrides=[f"model={model}", f"root={ROOT}", "run_dir=x", "name=x"])
+        config = compose("train", overrides=overrides)
     return {part: OmegaConf.to_container(config[part], resolve=True) for part in ("model", "frontend")}
 
 

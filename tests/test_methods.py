@@ -7,9 +7,10 @@ import torch
 from commands import kill_when, start, train
 from conftest import ROOT
 from maes import real_clips
-from methods import batch_of, build, settings_of
+from methods import batch_of, build, compose_for, settings_of
 from test_resume import column
 
+from audiossl.build import method_from_config
 from audiossl.noise import Noise
 from audiossl.optim import parameter_groups
 
@@ -117,3 +118,20 @@ def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tm
         assert torch.equal(value, second["state_dict"][key]), key
     assert column(runs[0], "loss") == column(runs[1], "loss") and len(column(runs[0], "loss")) == 8
     assert (runs[0] / "trace.csv").read_text() == (runs[1] / "trace.csv").read_text()
+
+
+# as counted in the published files, less what has no effect there: mask token, Frame's class position, head_dist
+PUBLISHED_VALUES = {
+    "audiomae": 85_659_407 - (527 * 768 + 527) + 512 * 768,  # fine-tuned: less the head, and the table, which is fixed
+    "atst_clip": 85_420_032 - 768,
+    "atst_frame": 85_419_264 - 2 * 768,
+    "passt": 86_153_758 - 2 * (527 * 768 + 527) - 2 * 768,  # and without the head
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VALUES)
+def test_on_audioset_a_method_has_the_published_size_and_length(name):
+    config = compose_for(name, "data=audioset", "data.shards=x") | {"data": {}}
+    method = method_from_config(config, vocabulary=[f"class {i}" for i in range(527)])
+    assert sum(v.numel() for v in method.encoder.state_dict().values()) == PUBLISHED_VALUES[name]
+    assert method.frontend.frames == {"audiomae": 1024, "atst_clip": 601, "atst_frame": 1001, "passt": 1000}[name]
