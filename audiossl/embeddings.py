@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+
+from audiossl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,30 +60,45 @@ def valid_frames(frontend: nn.Module, num_samples: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_features(
-    encoder: nn.Module, frontend: nn.Module, waveforms: Sequence[NDArray], *, batch_size: int
+    encoder: nn.Module,
+    frontend: nn.Module,
+    waveforms: Sequence[NDArray],
+    *,
+    batch_size: int,
+    pooling: Literal["max", "mean", "class"] = "max",
 ) -> NDArray[np.float32]:
-    """Describe each clip by the maximum over the frozen encoder's patch tokens, channel by channel: (clips, D).
+    """Describe each clip by the frozen encoder's tokens, pooled channel by channel: (clips, D).
 
-    Differs: Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. Within ESC-10's folds
-    1-3 the maximum was better for every encoder tried, the untrained one too (docs/log.md).
+    `pooling` takes the maximum over the patch tokens, their mean, or the mean of the windows' class tokens. Differs:
+    Audio-MAE's fine-tuning takes the mean, which drowns a short event in a long clip. Within ESC-10's folds 1-3 the
+    maximum was better for every encoder tried, the untrained one too (docs/log.md).
 
     Nothing is hidden. Columns of patches that are half padding or more are left out. Modes are put back afterwards; no
-    random number is drawn.
+    random number is drawn. Raises `UserError` for class tokens of an encoder that has none.
     """
+    if pooling == "class" and not encoder.num_class_tokens:
+        raise UserError("probe.pooling=class: this encoder has no class token; take max or mean")
+    pooled = torch.full((len(waveforms), encoder.width), -torch.inf if pooling == "max" else 0.0)
+    counts = torch.zeros(len(waveforms), 1)
     with evaluating(encoder, frontend):
-        highest = torch.full((len(waveforms), encoder.width), -torch.inf)
         for windows in windows_of(frontend, waveforms, batch_size):
             grid = encoder.grid_for(windows.spectrogram)
-            tokens = (
-                encoder(windows.spectrogram)[:, encoder.num_class_tokens :].float().cpu().unflatten(1, grid)
-            )  # (B, rows, columns, D)
+            classes, patches = (
+                encoder(windows.spectrogram).float().cpu().tensor_split([encoder.num_class_tokens], dim=1)
+            )
             middle = (torch.arange(grid[1]) + 0.5) * windows.spectrogram.shape[-1] / grid[1]
             middle[0] = 0  # a clip shorter than half a patch still has one column
-            is_padding = middle >= windows.valid_frames[:, None]
-            peaks = tokens.masked_fill(is_padding[:, None, :, None], -torch.inf).amax((1, 2))
-            for clip, peak in zip(windows.clip.tolist(), peaks, strict=True):
-                highest[clip] = highest[clip].maximum(peak)
-    return highest.numpy()
+            is_audio = (middle < windows.valid_frames[:, None]).repeat(1, grid[0])[:, :, None]  # (B, rows * columns, 1)
+            if pooling == "max":
+                peaks = patches.masked_fill(~is_audio, -torch.inf).amax(1)
+                for clip, peak in zip(windows.clip.tolist(), peaks, strict=True):
+                    pooled[clip] = pooled[clip].maximum(peak)
+            else:
+                of_class = pooling == "class"
+                sums = classes.mean(1) if of_class else (patches * is_audio).sum(1)
+                pooled.index_add_(0, windows.clip, sums)
+                counts.index_add_(0, windows.clip, torch.ones(len(sums), 1) if of_class else is_audio.sum(1).float())
+    return (pooled if pooling == "max" else pooled / counts).numpy()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ worth; the same encoder before training says what was learned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -64,9 +64,11 @@ class Probe:
         batch_size: int,
         neighbours: list[int],
         l2_grid: list[float],
+        pooling: Literal["max", "mean", "class"],
     ):
         _check_folds(train_folds, validation_fold, test_folds)
         self.rate_hz, self.every_steps, self.batch_size = rate_hz, every_steps, batch_size
+        self.pooling = pooling
         self.test_folds, self.neighbours, self.l2_grid = list(test_folds), list(neighbours), list(l2_grid)
         index = Index.load(shards)
         clips = index.select(folds=sorted({*train_folds, validation_fold, *test_folds}))
@@ -86,7 +88,9 @@ class Probe:
     def run(self, encoder: nn.Module, frontend: nn.Module) -> dict[str, float]:
         """Score an encoder's features; see `score`. The caller's modes and random state stay as they were."""
         self._check_rate(frontend)
-        return self.score(clip_features(encoder, frontend, self.waveforms, batch_size=self.batch_size))
+        return self.score(
+            clip_features(encoder, frontend, self.waveforms, batch_size=self.batch_size, pooling=self.pooling)
+        )
 
     def baseline(self, frontend: nn.Module) -> dict[str, float]:
         """Score the statistics of the log-mel, which an encoder has to beat."""

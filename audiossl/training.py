@@ -86,6 +86,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         log.warning("stopped at step %d of %d; ckpt=last goes on", trainer.global_step, max_steps)
         raise Preempted(PREEMPTED)
     results = {"status": "finished", "steps": trainer.global_step, "seconds": time.time() - started}
+    results["flops_per_clip"] = next(c.flops_per_clip for c in callbacks if isinstance(c, Throughput))
     results |= accounts.add_up()
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)

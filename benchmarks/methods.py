@@ -23,6 +23,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 NAMES = {
     "audiomae": "Audio-MAE",
     "atst_clip": "ATST-Clip",
@@ -55,20 +57,38 @@ def train(method: str, seed: int, arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def read(folder: Path) -> dict:
-    """Read what a run says of itself: its scores by step, and its cost."""
+def read(folder: Path, probe: Path) -> dict:
+    """Read what a run says of itself: its cost, its scores by step; and score it with the mean over tokens as well."""
     results = json.loads((folder / "results.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    said = {
-        name: [float(row[name]) for row in rows if row.get(name)] for name in ("flops_per_clip", "clips_per_second")
-    }
     history = {int(step): {head: scores[head] for head in HEADS} for step, scores in results["history"].items()}
     folds = {head: [v for k, v in results["scores"].items() if k.startswith(f"{head}_fold")] for head in HEADS}
-    facts = dict(results["model"], steps=results["steps"], gflops=said["flops_per_clip"][0] / 1e9)
-    speed = statistics.median(said["clips_per_second"])
+    facts = dict(results["model"], steps=results["steps"], gflops=results["flops_per_clip"] / 1e9)
+    speed = statistics.median([float(row["clips_per_second"]) for row in rows if row.get("clips_per_second")] or [0.0])
     baseline = {head: results["baseline"][head] for head in HEADS}
-    return dict(facts, clips_per_second=speed, history=history, folds=folds, baseline=baseline)
+    found = dict(facts, clips_per_second=speed, history=history, folds=folds, baseline=baseline)
+    return found | {"mean_pooled": score_means(folder, probe)}
+
+
+def score_means(folder: Path, probe: Path) -> dict[str, dict[str, float]]:
+    """Score the mean over patch tokens, untrained and trained; kept beside the run, since it takes half a minute."""
+    kept = folder / "mean_pooled.json"
+    if not kept.exists():
+        import torch
+
+        from audiossl.build import load_method, method_from_config
+        from audiossl.probing import Probe
+
+        trained, config = load_method(folder)
+        scorer = Probe(**config["probe"] | {"shards": str(probe), "pooling": "mean"})
+        torch.manual_seed(config["seed"])
+        vocabulary = json.loads((folder / "encoder.json").read_text()).get("vocabulary")
+        untrained = method_from_config(config, vocabulary=vocabulary)
+        both = {"untrained": untrained, "trained": trained}
+        scores = {name: scorer.run(method.encoder, method.frontend) for name, method in both.items()}
+        kept.write_text(json.dumps({name: {head: of[head] for head in HEADS} for name, of in scores.items()}))
+    return json.loads(kept.read_text())
 
 
 def spread(values: list[float]) -> str:
@@ -80,43 +100,27 @@ def spread(values: list[float]) -> str:
 def row_of(method: str, runs: list[dict]) -> list[str]:
     """Put the runs of one method into a row of the table."""
     first, last = min(runs[0]["history"]), max(runs[0]["history"])
-    cells = [
-        NAMES.get(method, method),
-        f"{runs[0]['parameters'] / 1e6:.1f}",
-        f"{runs[0]['encoder_parameters'] / 1e6:.1f}",
-    ]
-    cells += [str(runs[0]["tokens"]), f"{runs[0]['gflops']:.2f}", str(runs[0]["steps"])]
+    cells = [f"{runs[0]['parameters'] / 1e6:.1f}", f"{runs[0]['encoder_parameters'] / 1e6:.1f}", str(runs[0]["tokens"])]
+    cells += [f"{runs[0]['gflops']:.2f}", str(runs[0]["steps"])]
     cells.append(f"{statistics.median(run['clips_per_second'] for run in runs):.0f}")
     for head in HEADS:
-        for step in (first, last):
-            cells.append(spread([run["history"][step][head] for run in runs]))
+        before, after = ([run["history"][step][head] for run in runs] for step in (first, last))
         folds = [fold for run in runs for fold in run["folds"][head]]
-        cells.append(f"{min(folds):.2f} to {max(folds):.2f}")
-    return cells
+        cells.append(f"{spread(before)} → {spread(after)} ({min(folds):.2f}-{max(folds):.2f})")
+    for head in HEADS:
+        pair = ([run["mean_pooled"][when][head] for run in runs] for when in ("untrained", "trained"))
+        cells.append(" → ".join(map(spread, pair)))
+    return [NAMES.get(method, method) + (" (labels)" if method in WITH_LABELS else ""), *cells]
 
 
 def table_of(found: dict[str, list[dict]]) -> str:
-    """Write the table in Markdown."""
+    """Write the table in Markdown, methods that learn from labels last."""
     head = ["method", "M trained", "M encoder", "tokens", "GFLOP a clip", "steps", "clips/s"]
-    for name in ("kNN", "linear"):
-        head += [f"{name}, untrained", f"{name}, trained", "folds"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head += [f"{name}, {pooled}" for pooled in ("max (test folds)", "mean") for name in ("kNN", "linear")]
     baseline = next(iter(found.values()))[0]["baseline"]
-    empty = [""] * 6
-    lines.append(
-        "| "
-        + " | ".join(
-            ["log-mel statistics", *empty, "", f"{baseline['knn']:.3f}", "", "", f"{baseline['linear']:.3f}", ""]
-        )
-        + " |"
-    )
-    for is_supervised in (False, True):
-        for method, runs in found.items():
-            if (method in WITH_LABELS) == is_supervised:
-                cells = row_of(method, runs)
-                cells[0] += " (labels)" if is_supervised else ""
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [["log-mel statistics", *[""] * 6, *(f"{baseline[head]:.3f}" for head in HEADS), "", ""]]
+    rows += [row_of(method, found[method]) for method in sorted(found, key=lambda method: method in WITH_LABELS)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def picture_of(found: dict[str, list[dict]], batch: int, path: Path) -> None:
@@ -157,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     folders = {m: [train(m, seed, arguments) for seed in arguments.seeds] for m in arguments.methods}
-    found = {method: [read(folder) for folder in seeds] for method, seeds in folders.items()}
+    found = {method: [read(folder, arguments.probe) for folder in seeds] for method, seeds in folders.items()}
     table = table_of(found)
     (arguments.out / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
     (arguments.out / "methods.md").write_text(table)

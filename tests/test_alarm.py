@@ -8,8 +8,9 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from commands import environment
+from commands import environment, metrics, train
 from conftest import ROOT
+from methods import settings_of
 from test_pretraining import QUIET, demo_data, loader, module_for
 from toy_teacher import COLLAPSING, HEALTHY, NARROWING, WIDTH, learn
 
@@ -100,3 +101,17 @@ def test_a_method_that_logs_no_health_is_not_judged():
     trainer = pl.Trainer(max_steps=2, callbacks=[alarm], **QUIET)
     trainer.fit(module_for(data, 2), loader(data, 2))
     assert trainer.global_step == 2 and alarm.state_dict() == {"steps": {"std": 0, "rank": 0}, "highest": {}}
+
+
+def test_a_real_run_that_is_made_to_collapse_rings_and_a_healthy_one_of_the_same_length_does_not(tmp_path):
+    common = [*settings_of("atst_clip"), "data.num_workers=0", "data.batch_size=8", "trainer.max_steps=60"]
+    common += ["trainer=cpu", "probe=none", "alarm.patience=10", "trainer.log_every_n_steps=1"]
+    ruined = ["optim.lr=0.02", "optim.weight_decay=20", "model.momentum=0.5", "hydra.run.dir=ruined"]
+    said = train(*common, *ruined, cwd=tmp_path, expect=2)
+    found = re.search(r"step (\d+): the features have collapsed: for 10 steps .*=.*; lower the learning rate", said)
+    step = int(found[1])
+    rows = metrics(tmp_path / "ruined")
+    assert 10 <= step < 59 and int(rows[-1]["step"]) == step
+    train(*common, "hydra.run.dir=healthy", cwd=tmp_path)
+    healthy, ruined = (float(r[-1]["teacher_rank"]) for r in (metrics(tmp_path / "healthy"), rows))
+    assert healthy > 2 * ruined

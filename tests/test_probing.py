@@ -15,14 +15,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from audiossl.embeddings import clip_features, windows_of
+from audiossl.embeddings import clip_features, evaluating, windows_of
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
 from audiossl.probing import Probe, ProbeCallback, clip_statistics, logmel_statistics
 from audiossl.spectrogram import KaldiFbank
 
-CHOICES = dict(neighbours=[1, 3, 5], l2_grid=[0.01, 1.0, 100.0])
+CHOICES = dict(neighbours=[1, 3, 5], l2_grid=[0.01, 1.0, 100.0], pooling="max")
 FOLDS = dict(train_folds=[1, 2, 3], validation_fold=3, test_folds=[4, 5])
 
 
@@ -222,7 +222,30 @@ def test_padding_is_no_part_of_the_features(encoder, frontend):
             tokens[:, 1:].view(-1, 2, 4, 16)[:, :, 2:] = 1e6
             return tokens
 
-    assert not clip_features(Loud(), frontend, clip, batch_size=1).any()
+    for pooling in ("max", "mean", "class"):
+        assert not clip_features(Loud(), frontend, clip, batch_size=1, pooling=pooling).any()
+
+
+def test_tokens_of_all_windows_are_pooled_as_asked(encoder, frontend):
+    """Two whole windows and one of three quarters: the last column of it is padding."""
+    length = frontend.samples_for(frontend.frames)
+    clip = noise_clips(2 * length + frontend.samples_for(48))
+    windows = [clip[0][:length], clip[0][length : 2 * length], clip[0][2 * length :]]
+    padded = torch.stack([nn.functional.pad(torch.from_numpy(w), (0, length - len(w))) for w in windows])
+    samples = torch.tensor([len(window) for window in windows])
+    with torch.no_grad(), evaluating(encoder):
+        tokens = encoder(frontend(padded, samples))
+    audio = torch.cat([tokens[0, 1:], tokens[1, 1:], tokens[2, 1:].unflatten(0, encoder.grid)[:, :3].flatten(0, 1)])
+    for pooling, expected in (("max", audio.amax(0)), ("mean", audio.mean(0)), ("class", tokens[:, 0].mean(0))):
+        found = clip_features(encoder, frontend, clip, batch_size=2, pooling=pooling)
+        np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_class_tokens_of_an_encoder_without_any_are_refused(frontend):
+    sizes = dict(num_mels=32, frames=64, patch=(16, 16), stride=(16, 16), width=16, depth=1, num_heads=2, mlp_ratio=2.0)
+    frame = Encoder(**sizes, positions="learned", drop_path=0.0, num_class_tokens=0)
+    with pytest.raises(UserError, match="probe.pooling=class: this encoder has no class token"):
+        clip_features(frame, frontend, noise_clips(9000), batch_size=1, pooling="class")
 
 
 def test_computing_features_leaves_modes_and_random_states_alone(encoder, frontend):

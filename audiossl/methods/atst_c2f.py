@@ -77,8 +77,8 @@ class ATSTC2F(nn.Module):
         super().__init__()
         if (teacher is None) != (distill_weight == 0) or not 0 <= distill_weight <= 1:
             raise UserError(
-                f"model.teacher={teacher}, model.distill_weight={distill_weight}: a weight above 0 and up to 1 needs a "
-                "fine-tuned teacher, a weight of 0 none; to make one: model.student=clip model.teacher=null "
+                f"model.teacher={teacher or 'null'}, model.distill_weight={distill_weight}: a weight above 0, up to 1, "
+                "needs a fine-tuned teacher, a weight of 0 none; to make one: model.student=clip model.teacher=null "
                 "model.distill_weight=0"
             )
         sizes = dict(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias)

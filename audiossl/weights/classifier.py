@@ -43,6 +43,8 @@ def load_classifier(
     """
     path = Path(source)
     path = path / "classifier.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"model.teacher={source}: there is no {path}; give a run's folder, its classifier or a .ckpt")
     if path.suffix == ".safetensors":
         description, weights = read_export(path)
         geometry, frames = description["geometry"], instantiate(description["frontend"]).frames
