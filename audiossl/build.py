@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from audiossl.config.settings import find_target, instantiate
 from audiossl.errors import UserError
-from audiossl.settings import find_target, instantiate
 from audiossl.weights.initial import describe_mismatch, encoder_weights
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 

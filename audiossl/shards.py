@@ -18,6 +18,7 @@ import torch
 
 from audiossl.badclips import BadClips, Entry
 from audiossl.clips import ClipDataset
+from audiossl.config.rules import check_drawing, check_value
 from audiossl.corpus import Source, load_corpus
 from audiossl.drawing import Drawing
 from audiossl.errors import UserError
@@ -25,7 +26,6 @@ from audiossl.examples import NUM_CONSIDERED, pick
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, Order, StepSampler
 from audiossl.prefetch import Downloads, check_room, remote_shards
-from audiossl.rules import check_drawing, check_value
 from audiossl.shardcache import ShardCache
 
 log = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
 from audiossl.classscores import score_classes_of
+from audiossl.config.settings import instantiate
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.ledger import Accounts
@@ -39,7 +40,6 @@ from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
 from audiossl.rundata import RunData, crop_samples, max_steps_of
-from audiossl.settings import instantiate
 from audiossl.shards import ShardData
 from audiossl.signals import PREEMPTED, Preempted
 from audiossl.trace import Trace

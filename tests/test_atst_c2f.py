@@ -9,9 +9,9 @@ from conftest import golden_cases
 from safetensors.torch import load_file
 
 from audiossl.build import method_from_config
+from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.methods.atst_c2f import features_of
-from audiossl.settings import instantiate
 from audiossl.weights.atst import import_encoder, with_prefix
 from audiossl.weights.classifier import export_classifier, load_classifier
 from audiossl.weights.reading import read_torch_file

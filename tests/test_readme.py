@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 from audiossl.__main__ import COMMANDS
-from audiossl.cli import CONF
-from audiossl.overrides import Composer
-from audiossl.settings import check
-from audiossl.specs import SPECS
+from audiossl.config.cli import CONF
+from audiossl.config.overrides import Composer
+from audiossl.config.settings import check
+from audiossl.config.specs import SPECS
 
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]

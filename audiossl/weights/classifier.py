@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from audiossl.classifier import LinearHead
+from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.settings import instantiate
 from audiossl.weights.atst import PATCH, import_finetuned
 from audiossl.weights.export import describe, read_export
 

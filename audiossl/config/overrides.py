@@ -20,10 +20,10 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+from audiossl.config.fields import Fields, Spec, read_fields, unknown_key
+from audiossl.config.rules import show
+from audiossl.config.schema import nearest
 from audiossl.errors import UserError
-from audiossl.fields import Fields, Spec, read_fields, unknown_key
-from audiossl.rules import show
-from audiossl.schema import nearest
 
 MAX_JOBS = 10_000
 MAX_COMPOSED = 100  # beyond it, a sweep's values are checked one at a time instead of in every combination

@@ -28,13 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from audiossl.config.fields import Spec, UnknownKeyError
+from audiossl.config.overrides import Composer, written_in
+from audiossl.config.settings import check, mask
 from audiossl.errors import UserError
-from audiossl.fields import Spec, UnknownKeyError
-from audiossl.overrides import Composer, written_in
-from audiossl.settings import check, mask
 
 Run = Callable[[DictConfig], int | None]
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 MAX_YAML_BYTES = 1_000_000

@@ -18,10 +18,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from audiossl.config.fields import HYDRA_TARGETS, Fields, Spec, check_target, read_fields, targets_in, unknown_key
+from audiossl.config.rules import check_value, show
+from audiossl.config.schema import Type
 from audiossl.errors import UserError
-from audiossl.fields import HYDRA_TARGETS, Fields, Spec, check_target, read_fields, targets_in, unknown_key
-from audiossl.rules import check_value, show
-from audiossl.schema import Type
 
 SECRET_KEY = re.compile(
     r"(^|_)(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth)_?key)$", re.I

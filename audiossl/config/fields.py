@@ -13,9 +13,9 @@ from difflib import get_close_matches
 
 from omegaconf import DictConfig, OmegaConf
 
+from audiossl.config.rules import check_pretraining
+from audiossl.config.schema import Signature, Type, parse_type, signature, union
 from audiossl.errors import UserError
-from audiossl.rules import check_pretraining
-from audiossl.schema import Signature, Type, parse_type, signature, union
 
 TARGETS = ("audiossl.", "lightning.pytorch.", "torch.optim.", "timm.")  # what a config may build
 HYDRA_TARGETS = ("hydra.", "hydra_plugins.", "audiossl.")  # what Hydra may build: launchers, sweepers, callbacks

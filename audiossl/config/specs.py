@@ -6,7 +6,7 @@ Nothing is imported here; `settings.check` reads the signatures.
 
 from __future__ import annotations
 
-from audiossl.fields import Spec
+from audiossl.config.fields import Spec
 
 PRETRAIN = Spec(
     sections={
