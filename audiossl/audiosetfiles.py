@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from audiossl import ffmpeg
-from audiossl.audio import extension_of
 from audiossl.audioset import Segments, find_tables, parse_stem, possible_times_ms, read_classes, read_segments
 from audiossl.errors import UserError
 from audiossl.packsource import Clip, Source, key_of
+from audiossl.sound import ffmpeg
+from audiossl.sound.audio import extension_of
 
 EXTRA_COLUMNS = ("mids", "ytid", "start_seconds", "end_seconds")  # of the json beside each clip
 ABSENT = "file is missing"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from audiossl.errors import UserError
-from audiossl.frontend import beyond
 from audiossl.noise import Noise
+from audiossl.sound.frontend import beyond
 
 MIN_SPANS = 2  # of every clip, however short: as published
 

@@ -19,12 +19,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from audiossl import audio, waveform
-from audiossl.audio import AudioError
 from audiossl.clips import MP3_SLACK_FRAMES, ShardFiles
 from audiossl.config.cli import CONF
 from audiossl.config.settings import instantiate
-from audiossl.frontend import FrontEnd
+from audiossl.sound import audio, waveform
+from audiossl.sound.audio import AudioError
+from audiossl.sound.frontend import FrontEnd
 
 FIRST = "kaldi_fbank"
 MAX_SECONDS = 60.0  # of a clip that are measured: the first ones

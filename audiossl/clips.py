@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from audiossl.audio import AudioError, decode, probe, resample, to_int16
 from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.errors import UserError
 from audiossl.remote import RemoteShard
 from audiossl.shardcache import mark_used
+from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
 from audiossl.tarfiles import read_member
 
 Padding = Literal["cyclic", "zeros"]

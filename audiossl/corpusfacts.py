@@ -12,9 +12,9 @@ import hashlib
 
 import numpy as np
 
-from audiossl.audio import EXTENSIONS
 from audiossl.index import Index
 from audiossl.indexfile import take_ragged
+from audiossl.sound.audio import EXTENSIONS
 
 SKETCH_KEYS = 4096  # of two million: says how much is shared to about 1 %; of fewer than this: exactly
 PERCENTILES = (0, 1, 5, 50, 95, 99, 100)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiossl.audio import AudioError, decode, resample
 from audiossl.index import Index
+from audiossl.sound.audio import AudioError, decode, resample
 
 log = logging.getLogger(__name__)
 

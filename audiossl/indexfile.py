@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
+from audiossl.sound.audio import EXTENSIONS
 
 FORMAT = 1
 MAX_LABELS = 100_000

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audiossl import audio, ffmpeg
 from audiossl.audiosetfiles import read_audioset
 from audiossl.errors import UserError
 from audiossl.index import Index
@@ -27,6 +26,7 @@ from audiossl.packsource import META_NAME, Source, cut_into_shards, read_source
 from audiossl.packstate import claim, is_done, rows_path, shard_path
 from audiossl.packwriter import Settings, counted, encode_all, num_cores, write_shard
 from audiossl.shardpaths import INDEX_NAME
+from audiossl.sound import audio, ffmpeg
 
 REJECTED = "rejected.csv"
 MAX_REJECTED = 0.01

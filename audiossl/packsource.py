@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from audiossl import ffmpeg
-from audiossl.audio import MAX_SECONDS, AudioError, extension_of, probe
 from audiossl.errors import UserError
+from audiossl.sound import ffmpeg
+from audiossl.sound.audio import MAX_SECONDS, AudioError, extension_of, probe
 
 META_NAME = "meta.csv"
 OWN_FIELDS = ("labels", "seconds", "rate_hz", "split", "fold", "source")  # of the json beside each clip

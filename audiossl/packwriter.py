@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audiossl import audio, ffmpeg
 from audiossl.errors import UserError
 from audiossl.indexfile import write_whole
 from audiossl.packsource import Clip, Source
+from audiossl.sound import audio, ffmpeg
 from audiossl.tarfiles import TarWriter
 
 MAX_KEPT_BYTES = 2**30  # of one file that is packed as it is

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from audiossl.mel import band_centres_hz
 from audiossl.plots import LINE_COLOURS
+from audiossl.sound.mel import band_centres_hz
 
 GRID = "#e4e6ea"
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600)

@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from audiossl.audio import AudioError, decode, resample, to_int16
 from audiossl.embeddings import clip_features, windows_of
 from audiossl.errors import UserError
 from audiossl.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
 from audiossl.index import Index
+from audiossl.sound.audio import AudioError, decode, resample, to_int16
 
 
 def logmel_statistics(spectrogram: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from audiossl.audio import AudioError, decode, probe, resample
 from audiossl.embeddings import evaluating, valid_frames
 from audiossl.errors import UserError
-from audiossl.inversion import waveform_from_log_mel, write_wav
 from audiossl.masking import Masking
 from audiossl.noise import Noise
 from audiossl.plots import Reconstruction, reconstruction_figure
+from audiossl.sound.audio import AudioError, decode, probe, resample
+from audiossl.sound.inversion import waveform_from_log_mel, write_wav
 
 MASKS = ("random", "time", "frequency", "time+frequency")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from audiossl.audio import AudioError
+from audiossl.sound.audio import AudioError
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 4096

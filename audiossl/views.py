@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audiossl.frontend import beyond
 from audiossl.noise import Noise
+from audiossl.sound.frontend import beyond
 
 CUBIC = -0.75  # the bicubic kernel's free constant, as torch.nn.functional.interpolate has it
 

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from audiossl.batch import Batch
 from audiossl.build import method_from_config
-from audiossl.waveform import resample
+from audiossl.sound.waveform import resample
 
 SMALL = {  # of which each method takes what it knows
     "width": 24,

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from audiossl.audio import MAX_CHANNELS, MAX_RATE_HZ, MAX_SECONDS, MIN_RATE_HZ, AudioError, AudioInfo, encode_flac
+from audiossl.sound.audio import MAX_CHANNELS, MAX_RATE_HZ, MAX_SECONDS, MIN_RATE_HZ, AudioError, AudioInfo, encode_flac
 
 EXTENSIONS = ("m4a", "mp4", "webm", "aac")
 MISSING = "needs the program ffmpeg, which is not installed (apt install ffmpeg, or conda install ffmpeg)"

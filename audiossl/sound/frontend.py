@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audiossl.errors import UserError
-from audiossl.mel import check_bands, whole_frames, whole_samples
 from audiossl.noise import Noise
-from audiossl.waveform import to_float
+from audiossl.sound.mel import check_bands, whole_frames, whole_samples
+from audiossl.sound.waveform import to_float
 
 
 def beyond(num_valid: Tensor, length: int) -> Tensor:
