@@ -20,10 +20,10 @@ import torch
 
 from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.errors import UserError
+from audiossl.packing.tarfiles import read_member
 from audiossl.remote import RemoteShard
 from audiossl.shardcache import mark_used
 from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
-from audiossl.tarfiles import read_member
 
 Padding = Literal["cyclic", "zeros"]
 MAX_OPEN_SHARDS = 32

@@ -35,7 +35,7 @@ from audiossl.clips import ShardFiles
 from audiossl.corpusfacts import mixed, percentiles, set_hash
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.packwriter import counted, start_worker
+from audiossl.packing.writer import counted, start_worker
 from audiossl.prefetch import remote_shards
 from audiossl.remote import RemoteShard
 

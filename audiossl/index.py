@@ -19,12 +19,12 @@ import numpy as np
 
 from audiossl.errors import UserError
 from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
+from audiossl.packing.tarfiles import read_member
 from audiossl.remote import RemoteShard, find_remote_index, locate
 from audiossl.shardcache import ShardCache
 from audiossl.shardpaths import find_index, index_command, is_remote, matching
 from audiossl.shardstate import problem_of, state_of
 from audiossl.sound.audio import EXTENSIONS
-from audiossl.tarfiles import read_member
 
 
 class Index:

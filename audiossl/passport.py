@@ -19,7 +19,7 @@ import numpy as np
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.indexfile import write_whole
-from audiossl.packwriter import num_cores
+from audiossl.packing.writer import num_cores
 
 FORMAT = 1
 NAME = "passport.json"

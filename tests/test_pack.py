@@ -11,7 +11,7 @@ from packing import read_table, run, tone, write_table
 
 from audiossl.index import Index
 from audiossl.pack import parse_bytes
-from audiossl.packsource import key_of
+from audiossl.packing.source import key_of
 from audiossl.sound.audio import decode, to_flac, to_int16
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from audiossl.errors import UserError
 from audiossl.indexfile import read_meta, write_whole
-from audiossl.packwriter import Settings
+from audiossl.packing.writer import Settings
 from audiossl.shardpaths import INDEX_NAME
 
 STATE = ".pack"

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from audiossl.errors import UserError
 from audiossl.indexfile import write_whole
-from audiossl.packsource import Clip, Source
+from audiossl.packing.source import Clip, Source
+from audiossl.packing.tarfiles import TarWriter
 from audiossl.sound import audio, ffmpeg
-from audiossl.tarfiles import TarWriter
 
 MAX_KEPT_BYTES = 2**30  # of one file that is packed as it is
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from audiossl.audioset import Segments, find_tables, parse_stem, possible_times_ms, read_classes, read_segments
 from audiossl.errors import UserError
-from audiossl.packsource import Clip, Source, key_of
+from audiossl.packing.audioset import Segments, find_tables, parse_stem, possible_times_ms, read_classes, read_segments
+from audiossl.packing.source import Clip, Source, key_of
 from audiossl.sound import ffmpeg
 from audiossl.sound.audio import extension_of
 
