@@ -13,7 +13,7 @@ import hashlib
 import numpy as np
 
 from audiossl.index import Index
-from audiossl.indexfile import take_ragged
+from audiossl.indexing.indexfile import take_ragged
 from audiossl.sound.audio import EXTENSIONS
 
 SKETCH_KEYS = 4096  # of two million: says how much is shared to about 1 %; of fewer than this: exactly

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from audiossl.index import Index
-from audiossl.indexfile import COLUMNS
+from audiossl.indexing.indexfile import COLUMNS
 from audiossl.order import Order, random_words
 
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import read_meta, write_index
+from audiossl.indexing.indexfile import read_meta, write_index
+from audiossl.indexing.shardpaths import INDEX_NAME
 from audiossl.packing.audiosetfiles import read_audioset
 from audiossl.packing.source import META_NAME, Source, cut_into_shards, read_source
 from audiossl.packing.state import claim, is_done, rows_path, shard_path
 from audiossl.packing.writer import Settings, counted, encode_all, num_cores, write_shard
-from audiossl.shardpaths import INDEX_NAME
 from audiossl.sound import audio, ffmpeg
 
 REJECTED = "rejected.csv"

@@ -18,7 +18,7 @@ import numpy as np
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import write_whole
+from audiossl.indexing.indexfile import write_whole
 from audiossl.packing.writer import num_cores
 
 FORMAT = 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from audiossl.errors import UserError
+from audiossl.indexing.shardpaths import INDEX_NAME, expand_braces, index_command, is_remote, refuse_scheme
 from audiossl.shardcache import ShardCache
-from audiossl.shardpaths import INDEX_NAME, expand_braces, index_command, is_remote, refuse_scheme
 from audiossl.streams import list_s3
 from audiossl.transfer import Absent, Patience
 

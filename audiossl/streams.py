@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from audiossl.errors import UserError
-from audiossl.shardpaths import QUERY_VARIABLE, without_secrets
+from audiossl.indexing.shardpaths import QUERY_VARIABLE, without_secrets
 
 CHUNK_BYTES = {"https": 2**20, "s3": 2**23}  # S3 is asked anew for each
 INSTALL = "pip install -e '.[remote]' -c constraints.txt"

@@ -16,7 +16,7 @@ from audiosets import REAL_CLASSES, write_audioset, write_classes, write_clip, w
 from packing import ROOT, contents, read_table, run, tone, write_table
 
 from audiossl.index import Index
-from audiossl.indexfile import write_index
+from audiossl.indexing.indexfile import write_index
 from audiossl.sound.audio import decode
 
 

@@ -20,7 +20,7 @@ from tiny_shards import audio, clip, data_of, digest, noise, ragged_corpus, trai
 from audiossl.__main__ import main
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import read_index, write_index
+from audiossl.indexing.indexfile import read_index, write_index
 from audiossl.shardcache import ShardCache
 
 SIX = "shard-{000000..000005}.tar"

@@ -10,7 +10,7 @@ import pytest
 from servers import Files, Server
 
 from audiossl.errors import UserError
-from audiossl.indexfile import sha256_of
+from audiossl.indexing.indexfile import sha256_of
 from audiossl.shardcache import ShardCache, default_folder
 from audiossl.transfer import Patience
 

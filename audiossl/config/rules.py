@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from audiossl.errors import UserError
-from audiossl.shardpaths import refuse_scheme
+from audiossl.indexing.shardpaths import refuse_scheme
 
 
 class Rule(NamedTuple):

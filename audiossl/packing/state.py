@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from audiossl.errors import UserError
-from audiossl.indexfile import read_meta, write_whole
+from audiossl.indexing.indexfile import read_meta, write_whole
+from audiossl.indexing.shardpaths import INDEX_NAME
 from audiossl.packing.writer import Settings
-from audiossl.shardpaths import INDEX_NAME
 
 STATE = ".pack"
 

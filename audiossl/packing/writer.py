@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.indexfile import write_whole
+from audiossl.indexing.indexfile import write_whole
 from audiossl.packing.source import Clip, Source
 from audiossl.packing.tarfiles import TarWriter
 from audiossl.sound import audio, ffmpeg

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from audiossl.indexing.shardpaths import index_command
 from audiossl.remote import RemoteShard
-from audiossl.shardpaths import index_command
 
 
 def problem_of(path: Path | RemoteShard, described: dict) -> tuple[str, int, str] | None:
