@@ -21,8 +21,8 @@ import torch
 from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.errors import UserError
 from audiossl.packing.tarfiles import read_member
-from audiossl.remote import RemoteShard
-from audiossl.shardcache import mark_used
+from audiossl.remote.location import RemoteShard
+from audiossl.remote.shardcache import mark_used
 from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
 
 Padding = Literal["cyclic", "zeros"]

@@ -17,7 +17,7 @@ import numpy as np
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.mixture import JoinedIndex, largest_remainder
-from audiossl.shardcache import ShardCache
+from audiossl.remote.shardcache import ShardCache
 from audiossl.subsets import hold_out, take_fraction
 
 

@@ -36,8 +36,8 @@ from audiossl.corpusfacts import mixed, percentiles, set_hash
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.packing.writer import counted, start_worker
-from audiossl.prefetch import remote_shards
-from audiossl.remote import RemoteShard
+from audiossl.remote.location import RemoteShard
+from audiossl.remote.prefetch import remote_shards
 
 WORTH_WORKERS_CLIPS = 64  # starting processes takes longer than measuring fewer
 _CHUNK = 8  # clips a worker takes at a time

@@ -22,8 +22,8 @@ from audiossl.indexing.indexfile import COLUMNS, corpus_hash, read_index, sha256
 from audiossl.indexing.shardpaths import find_index, index_command, is_remote, matching
 from audiossl.indexing.shardstate import problem_of, state_of
 from audiossl.packing.tarfiles import read_member
-from audiossl.remote import RemoteShard, find_remote_index, locate
-from audiossl.shardcache import ShardCache
+from audiossl.remote.location import RemoteShard, find_remote_index, locate
+from audiossl.remote.shardcache import ShardCache
 from audiossl.sound.audio import EXTENSIONS
 
 

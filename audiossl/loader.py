@@ -28,7 +28,7 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.noise import mix_seed
 from audiossl.order import FixedSampler, StepSampler
-from audiossl.prefetch import Downloads
+from audiossl.remote.prefetch import Downloads
 from audiossl.watch import Watch
 
 GRACE_SECONDS = 1.0  # before workers that keep the trainer waiting are killed

@@ -25,8 +25,8 @@ from audiossl.errors import UserError
 from audiossl.examples import NUM_CONSIDERED, pick
 from audiossl.loader import Loader, Requests, make_loader
 from audiossl.order import FixedSampler, Order, StepSampler
-from audiossl.prefetch import Downloads, check_room, remote_shards
-from audiossl.shardcache import ShardCache
+from audiossl.remote.prefetch import Downloads, check_room, remote_shards
+from audiossl.remote.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
 

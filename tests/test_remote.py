@@ -21,7 +21,7 @@ from audiossl.__main__ import main
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.indexing.indexfile import read_index, write_index
-from audiossl.shardcache import ShardCache
+from audiossl.remote.shardcache import ShardCache
 
 SIX = "shard-{000000..000005}.tar"
 

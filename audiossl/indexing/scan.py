@@ -22,8 +22,8 @@ from audiossl.indexing.indexfile import read_index, sha256_of, write_index, writ
 from audiossl.indexing.shardpaths import INDEX_NAME, common_folder, expand, is_remote
 from audiossl.packing.tarfiles import Damage, Member, Oddity, TarDamage, walk
 from audiossl.packing.writer import counted, num_cores
-from audiossl.remote import expand_remote
-from audiossl.shardcache import ShardCache
+from audiossl.remote.location import expand_remote
+from audiossl.remote.shardcache import ShardCache
 from audiossl.sound.audio import AudioError, extension_of, probe
 
 MAX_LEFT_OUT = 0.01

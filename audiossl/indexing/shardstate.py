@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from audiossl.indexing.shardpaths import index_command
-from audiossl.remote import RemoteShard
+from audiossl.remote.location import RemoteShard
 
 
 def problem_of(path: Path | RemoteShard, described: dict) -> tuple[str, int, str] | None:

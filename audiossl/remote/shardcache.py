@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from audiossl.errors import UserError
-from audiossl.transfer import Patience, fetch
+from audiossl.remote.transfer import Patience, fetch
 
 GB = 10**9
 DEFAULT_CACHE_GB = 50.0

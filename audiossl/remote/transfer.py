@@ -16,7 +16,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.streams import CHUNK_BYTES, Passing, Refused, Stream, open_stream
+from audiossl.remote.streams import CHUNK_BYTES, Passing, Refused, Stream, open_stream
 
 MAX_WAIT_SECONDS = 60.0
 PROGRESS_BYTES = 2**20  # that much more than ever before, and the tries count anew

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from audiossl.errors import UserError
 from audiossl.indexing.shardpaths import INDEX_NAME, expand_braces, index_command, is_remote, refuse_scheme
-from audiossl.shardcache import ShardCache
-from audiossl.streams import list_s3
-from audiossl.transfer import Absent, Patience
+from audiossl.remote.shardcache import ShardCache
+from audiossl.remote.streams import list_s3
+from audiossl.remote.transfer import Absent, Patience
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.remote import RemoteShard
-from audiossl.shardcache import GB
+from audiossl.remote.location import RemoteShard
+from audiossl.remote.shardcache import GB
 
 if TYPE_CHECKING:
     from audiossl.index import Index
