@@ -19,9 +19,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from audiossl.clips import MP3_SLACK_FRAMES, ShardFiles
 from audiossl.config.cli import CONF
 from audiossl.config.settings import instantiate
+from audiossl.loading.clips import MP3_SLACK_FRAMES, ShardFiles
 from audiossl.sound import audio, waveform
 from audiossl.sound.audio import AudioError
 from audiossl.sound.frontend import FrontEnd

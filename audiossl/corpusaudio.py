@@ -31,10 +31,10 @@ from audiossl.clipfacts import (
     measure,
     one_thread,
 )
-from audiossl.clips import ShardFiles
 from audiossl.corpusfacts import mixed, percentiles, set_hash
 from audiossl.errors import UserError
 from audiossl.index import Index
+from audiossl.loading.clips import ShardFiles
 from audiossl.packing.writer import counted, start_worker
 from audiossl.remote.location import RemoteShard
 from audiossl.remote.prefetch import remote_shards

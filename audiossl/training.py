@@ -31,7 +31,7 @@ from audiossl.classscores import score_classes_of
 from audiossl.config.settings import instantiate
 from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
-from audiossl.ledger import Accounts
+from audiossl.loading.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
 from audiossl.memory import Memory
 from audiossl.optim import OptimSettings

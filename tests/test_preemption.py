@@ -11,7 +11,7 @@ import time
 import pytest
 from toy_training import Toys, straight_weights, toys
 
-from audiossl.loader import start_worker
+from audiossl.loading.loader import start_worker
 
 
 @pytest.fixture(name="toys", scope="module")

@@ -160,7 +160,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_with_its_address(web, fault, e
 
 def test_the_loader_waits_for_a_slow_download(web, monkeypatch, capsys):
     """Longer than its time-out, as long as bytes come."""
-    monkeypatch.setattr("audiossl.loader.POLL_SECONDS", 1)
+    monkeypatch.setattr("audiossl.loading.loader.POLL_SECONDS", 1)
     data = data_of(f"https://{web.host}/prefix", num_workers=1, timeout_seconds=2.0)
     loader = data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=12, seed=5)
     shutil.rmtree(data.index._cache.folder / "shards")

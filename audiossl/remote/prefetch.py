@@ -22,7 +22,7 @@ from audiossl.remote.shardcache import GB
 
 if TYPE_CHECKING:
     from audiossl.index import Index
-    from audiossl.loader import Requests
+    from audiossl.loading.loader import Requests
 
 FILL = 0.9  # of the cache, by what lies ahead
 SAY_SECONDS = 30.0

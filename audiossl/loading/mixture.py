@@ -15,7 +15,7 @@ import numpy as np
 
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS
-from audiossl.order import Order, random_words
+from audiossl.loading.order import Order, random_words
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:

@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from audiossl.corpus import Corpus
 from audiossl.errors import UserError
-from audiossl.mixture import Mixed, largest_remainder
+from audiossl.loading.corpus import Corpus
+from audiossl.loading.mixture import Mixed, largest_remainder
+from audiossl.loading.order import Order, ShardWindows, Shuffled
+from audiossl.loading.sampling import FORMULAS, Weighted, clip_weights
 from audiossl.noise import mix_seed
-from audiossl.order import Order, ShardWindows, Shuffled
-from audiossl.sampling import FORMULAS, Weighted, clip_weights
 
 
 @dataclass(frozen=True, kw_only=True)

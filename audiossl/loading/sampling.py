@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from audiossl.order import Order, random_words
+from audiossl.loading.order import Order, random_words
 
 
 class Formula(NamedTuple):

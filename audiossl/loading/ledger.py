@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from audiossl.badclips import BadClips, Entry
 from audiossl.errors import UserError
+from audiossl.loading.badclips import BadClips, Entry
 from audiossl.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from audiossl.badclips import BadClips
 from audiossl.batch import Batch
-from audiossl.clips import ClipDataset, ClipRequest, collate
 from audiossl.errors import UserError
 from audiossl.index import Index
+from audiossl.loading.badclips import BadClips
+from audiossl.loading.clips import ClipDataset, ClipRequest, collate
+from audiossl.loading.order import FixedSampler, StepSampler
+from audiossl.loading.watch import Watch
 from audiossl.noise import mix_seed
-from audiossl.order import FixedSampler, StepSampler
 from audiossl.remote.prefetch import Downloads
-from audiossl.watch import Watch
 
 GRACE_SECONDS = 1.0  # before workers that keep the trainer waiting are killed
 POLL_SECONDS = 5  # how soon a dead worker is noticed

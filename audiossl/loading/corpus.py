@@ -16,9 +16,9 @@ import numpy as np
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.mixture import JoinedIndex, largest_remainder
+from audiossl.loading.mixture import JoinedIndex, largest_remainder
+from audiossl.loading.subsets import hold_out, take_fraction
 from audiossl.remote.shardcache import ShardCache
-from audiossl.subsets import hold_out, take_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
