@@ -18,7 +18,11 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-from audiossl.clipfacts import (
+from audiossl.errors import UserError
+from audiossl.index import Index
+from audiossl.loading.clips import ShardFiles
+from audiossl.packing.writer import counted, start_worker
+from audiossl.passports.clipfacts import (
     FIXED_POINT,
     MAX_SECONDS,
     MEL_SCALARS,
@@ -31,11 +35,7 @@ from audiossl.clipfacts import (
     measure,
     one_thread,
 )
-from audiossl.corpusfacts import mixed, percentiles, set_hash
-from audiossl.errors import UserError
-from audiossl.index import Index
-from audiossl.loading.clips import ShardFiles
-from audiossl.packing.writer import counted, start_worker
+from audiossl.passports.corpusfacts import mixed, percentiles, set_hash
 from audiossl.remote.location import RemoteShard
 from audiossl.remote.prefetch import remote_shards
 

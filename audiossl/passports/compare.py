@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from audiossl.corpusfacts import SKETCH_KEYS, read_sketch
+from audiossl.passports.corpusfacts import SKETCH_KEYS, read_sketch
 
 IMPORTANT_SHARE = 0.01  # of the clips: missing, undecodable, doubled, or of another kind
 IMPORTANT_STDS = 0.1  # of the log-mel's standard deviation
@@ -43,7 +43,7 @@ def compare(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None = 
         found.append(_kinds(said, mine[name], other[name], matters, is_same_clips))
     found.append(_durations(mine, other, is_same_clips))
     if "audio" in mine and "audio" in other:
-        from audiossl.passport_sound import compare_sound  # which takes its words from here
+        from audiossl.passports.compare_sound import compare_sound  # which takes its words from here
 
         found += compare_sound(mine, other)
     else:
