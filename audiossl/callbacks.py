@@ -18,7 +18,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch.utils.flop_counter import FlopCounterMode
 
-from audiossl.checkpoint_io import write_atomically
+from audiossl.checkpoints.atomic import write_atomically
 from audiossl.loggers import MetricsCsv, log_picture
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError

@@ -25,8 +25,10 @@ from audiossl.alarm import CollapseAlarm
 from audiossl.averaging import Averaging
 from audiossl.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
 from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
-from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
+from audiossl.checkpoints.files import step_of
+from audiossl.checkpoints.preemption import Preemption
+from audiossl.checkpoints.signals import PREEMPTED, Preempted
 from audiossl.classscores import score_classes_of
 from audiossl.config.settings import instantiate
 from audiossl.devices import Layout, plan
@@ -35,13 +37,11 @@ from audiossl.loading.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
 from audiossl.memory import Memory
 from audiossl.optim import OptimSettings
-from audiossl.preemption import Preemption
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of
 from audiossl.rundata import RunData, crop_samples, max_steps_of
 from audiossl.shards import ShardData
-from audiossl.signals import PREEMPTED, Preempted
 from audiossl.trace import Trace
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """How does a run on many ranks end at a signal without losing a step or hanging?
 
-The handlers of `audiossl.signals` only note the signal. After every optimiser step (and validation batch) the ranks
+The handlers of `signals` only note the signal. After every optimiser step (and validation batch) the ranks
 compare notes; as soon as one has been asked, all save the same step once and leave with the same exit code.
 Lightning's own SIGTERM handler broadcasts from inside the handler, which hangs when the ranks are not signalled at
 the same moment.
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from audiossl.checkpointing import Checkpointing
-from audiossl.signals import AT_BOUNDARY, AT_ONCE, LEAVING, Preempted, install_early_handlers, request
+from audiossl.checkpoints.signals import AT_BOUNDARY, AT_ONCE, LEAVING, Preempted, install_early_handlers, request
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from audiossl.checkpoint_files import describe_file, read_lazily
+from audiossl.checkpoints.files import describe_file, read_lazily
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)

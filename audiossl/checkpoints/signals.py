@@ -1,7 +1,7 @@
 """How does a run hear that it has to leave, from its first line of Python on?
 
 A handler only notes what was asked for: 75 (SIGTERM, SIGUSR1: pre-empted, run me again) or 130 (SIGINT). Before
-training there is nothing to save, so the process leaves at once; during training `audiossl.preemption` acts on the
+training there is nothing to save, so the process leaves at once; during training `preemption` acts on the
 note at the next step boundary. No torch here: `install_early_handlers` has to work while torch is still being
 imported.
 """
