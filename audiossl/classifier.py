@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from audiossl.batchnorm import BatchNorm1d
+from audiossl.parts.batchnorm import BatchNorm1d
 
 
 class LinearHead(nn.Module):

@@ -35,8 +35,8 @@ from audiossl.devices import Layout, plan
 from audiossl.errors import UserError
 from audiossl.loading.ledger import Accounts
 from audiossl.loggers import MetricsCsv, build_loggers
-from audiossl.memory import Memory
 from audiossl.optim import OptimSettings
+from audiossl.parts.memory import Memory
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.provenance import provenance_of

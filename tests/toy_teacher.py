@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from audiossl.alarm import CollapseAlarm, CollapseError
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing
-from audiossl.health import effective_rank, feature_std
 from audiossl.optim import OptimSettings
+from audiossl.parts.health import effective_rank, feature_std
 from audiossl.pretraining import Pretraining
 from audiossl.schedules import momentum_at
 from audiossl.spectrogram import AtstMel
