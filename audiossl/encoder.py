@@ -116,14 +116,15 @@ class Encoder(nn.Module):
         num_layers: int,
         valid: Tensor | None = None,
         first_column: int = 0,
+        normed: bool = True,
     ) -> list[Tensor]:
-        """Return what each of the last `num_layers` blocks gives, (B, n + K, D), the final norm applied to each."""
+        """Return what each of the last `num_layers` blocks gives, (B, n + K, D), `normed` with the final norm."""
         assert 1 <= num_layers <= len(self.blocks), f"{num_layers} of {len(self.blocks)} blocks"
         (tokens, mask), layers = self._sequence(tokens, keep, valid, first_column), []
         for block in self.blocks:
             tokens = block(tokens, attn_mask=mask)
             layers.append(tokens)
-        return [self.norm(layer) for layer in layers[-num_layers:]]
+        return [self.norm(layer) if normed else layer for layer in layers[-num_layers:]]
 
     def forward(self, spectrogram: Tensor, keep: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         return self.encode(self.embed(spectrogram), keep, valid=valid)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from audiossl.config.settings import instantiate
+from audiossl.encoder import Encoder
 from audiossl.optim import OptimSettings, build_optimizer
 from audiossl.weights.atst import import_pretrained
 
@@ -96,3 +97,14 @@ def check_steps(golden: Golden, loss_of) -> None:
     for name, theirs in expected.items():
         if not name.endswith("encoder.norm.bias"):  # it has no gradient, and Adam moves it by rounding
             torch.testing.assert_close(ours[name], theirs, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def large_cases(pattern: str) -> list[Path]:
+    """List cases too large to commit: none where the full set is not beside the checkout, and pytest then skips."""
+    return sorted((SHARED / "golden").glob(pattern))
+
+
+def encoder_of(geometry: dict) -> Encoder:
+    """Build the encoder of an imported checkpoint, in evaluation mode."""
+    sizes = {key: value for key, value in geometry.items() if key != "position_frames"}
+    return Encoder(num_mels=64, frames=geometry["position_frames"], positions="learned", drop_path=0.0, **sizes).eval()

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from atsts import settings_of
-from conftest import golden_cases
+from atsts import large_cases, settings_of
 from safetensors.torch import load_file
 
 from audiossl.build import method_from_config
@@ -46,7 +45,7 @@ class Golden:
         return self.input["mel"], self.input["lengths"], *([self.input["labels"].float()] if what == "loss" else [])
 
 
-@pytest.fixture(params=golden_cases("atst_c2f_*"))
+@pytest.fixture(params=large_cases("atst_c2f_*"))
 def golden(request, tmp_path):
     return Golden(request.param, tmp_path)
 

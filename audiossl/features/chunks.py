@@ -76,6 +76,19 @@ def frame_features_in_chunks(
     return mean_of_kept(features, is_kept)
 
 
+def class_token_over_blocks(
+    encoder: Encoder, spectrogram: Tensor, num_frames: Tensor, *, num_layers: int = 8
+) -> Tensor:
+    """Average the class token over the last blocks, before the final norm: (B, 1, F, T) -> (B, D).
+
+    `num_layers` may exceed the encoder's depth. Source: ATST's `AST.forward` with `avg=True`.
+    """
+    tokens, num_layers = encoder.embed(spectrogram), min(num_layers, len(encoder.blocks))
+    valid = valid_tokens(encoder, num_frames.to(spectrogram.device), encoder.grid_for(spectrogram))
+    layers = encoder.encode_layers(tokens, num_layers=num_layers, valid=valid, normed=False)
+    return torch.stack([layer[:, 0] for layer in layers]).mean(0)
+
+
 def chunks_of(
     encoder: Encoder,
     spectrogram: Tensor,

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from audiossl.errors import UserError
 
@@ -113,6 +114,20 @@ def cut_table(table: Tensor, num_tokens: int, first_column: int) -> Tensor:
     fits = rest == 0 and first_column >= 0 and first_column + used <= columns
     assert fits, f"{num_tokens} tokens from column {first_column} do not fit a table of {rows} x {columns}"
     return table[:, first_column : first_column + used].reshape(1, -1, width)
+
+
+def interpolate_positions(table: Tensor, columns: int) -> Tensor:
+    """Stretch a table (rows, N, D) over `columns` columns, bicubically: (rows, columns, D).
+
+    The scale is (columns + .1) / N, and (rows + .1) / rows: DINO's guard against rounding, which ATST's code took over
+    under `pos_type=interpolate`. So a table is stretched by a tenth of a column at its own length too, as ATST-Frame's
+    is; ATST-Clip's code leaves it alone there. No published weights were trained so: they cut.
+    """
+    rows, length, _ = table.shape
+    scale = ((rows + 0.1) / rows, (columns + 0.1) / length)
+    stretched = functional.interpolate(table.permute(2, 0, 1)[None], scale_factor=scale, mode="bicubic")[0]
+    assert stretched.shape[1:] == (rows, columns), f"{tuple(stretched.shape[1:])} instead of {(rows, columns)}"
+    return stretched.permute(1, 2, 0)
 
 
 def build_positions(
