@@ -22,7 +22,7 @@ from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, sweep,
 from audiossl.checkpoints.files import describe_file, is_valid, newest_valid, resolve_ckpt, step_of
 from audiossl.checkpoints.generators import generator_states, restore_generators
 from audiossl.errors import UserError
-from audiossl.ranks import Ranks
+from audiossl.running.ranks import Ranks
 
 __all__ = ["AtomicCheckpointIO", "Checkpointing", "describe_file", "is_valid", "newest_valid", "resolve_ckpt"]
 

@@ -214,7 +214,7 @@ def _common_rate(rates_hz: np.ndarray) -> int | None:
 
 
 def _versions() -> dict:
-    from audiossl.provenance import PACKAGES, version_of
+    from audiossl.running.provenance import PACKAGES, version_of
     from audiossl.version import __version__
 
     python = ".".join(map(str, sys.version_info[:3]))

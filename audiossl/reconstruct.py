@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; raises `UserError` for what the user can mend."""
-    from audiossl.build import load_method
+    from audiossl.running.build import load_method
 
     _check_audio(args.file, args.start, args.seconds)
     method, _ = load_method(args.checkpoint)

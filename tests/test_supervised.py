@@ -79,7 +79,7 @@ REBUILD = """
 import torch
 from audiossl.sound.audio import decode, resample
 from audiossl.batch import Batch
-from audiossl.build import load_method
+from audiossl.running.build import load_method
 from audiossl.index import Index
 from sklearn.metrics import average_precision_score
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from audiossl.errors import UserError
 from audiossl.loading.badclips import BadClips, Entry
-from audiossl.ranks import Ranks
+from audiossl.running.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

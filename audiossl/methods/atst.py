@@ -23,7 +23,7 @@ from audiossl.noise import Noise
 from audiossl.parts.batchnorm import BatchNorm1d
 from audiossl.parts.health import effective_rank, feature_std
 from audiossl.parts.views import MixupBank, RandomResizedCrop, crop, crop_starts
-from audiossl.ranks import mean_of_all_ranks
+from audiossl.running.ranks import mean_of_all_ranks
 from audiossl.schedules import momentum_at
 
 

@@ -21,7 +21,7 @@ from audiossl.features.chunks import clip_features_in_chunks, frame_features_in_
 from audiossl.features.classifier import LinearHead
 from audiossl.methods.atst import atst_encoder, projection_head
 from audiossl.noise import Noise
-from audiossl.ranks import mean_of_all_ranks
+from audiossl.running.ranks import mean_of_all_ranks
 from audiossl.weights.classifier import load_classifier
 
 

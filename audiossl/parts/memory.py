@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from audiossl.batch import Batch
-from audiossl.ranks import Ranks
+from audiossl.running.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

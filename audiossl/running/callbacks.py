@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch.utils.flop_counter import FlopCounterMode
 
 from audiossl.checkpoints.atomic import write_atomically
-from audiossl.loggers import MetricsCsv, log_picture
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError
+from audiossl.running.loggers import MetricsCsv, log_picture
 
 log = logging.getLogger(__name__)
 

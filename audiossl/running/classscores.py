@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from audiossl.batch import Batch
 from audiossl.embeddings import evaluating
 from audiossl.metrics import Scores, d_prime, score_classes
-from audiossl.ranks import Ranks
+from audiossl.running.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def provenance_of(config: dict[str, Any], corpus_hash: str) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Give the commit of the checkout this package runs from, with `+changes` when files differ; None outside git."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
