@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from audiossl.cli import launch
-from audiossl.settings import plain_config
-from audiossl.signals import install_early_handlers
-from audiossl.specs import SPECS
+from audiossl.checkpoints.signals import install_early_handlers
+from audiossl.config.cli import launch
+from audiossl.config.settings import plain_config
+from audiossl.config.specs import SPECS
 
 
 def fit(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from audiossl.checkpoint_files import describe_file, is_valid, newest_valid, resolve_ckpt, step_of
-from audiossl.checkpoint_io import AtomicCheckpointIO, link_or_copy, sweep, try_to_remove, write_atomically
+from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, sweep, try_to_remove, write_atomically
+from audiossl.checkpoints.files import describe_file, is_valid, newest_valid, resolve_ckpt, step_of
+from audiossl.checkpoints.generators import generator_states, restore_generators
 from audiossl.errors import UserError
-from audiossl.generators import generator_states, restore_generators
-from audiossl.ranks import Ranks
+from audiossl.running.ranks import Ranks
 
 __all__ = ["AtomicCheckpointIO", "Checkpointing", "describe_file", "is_valid", "newest_valid", "resolve_ckpt"]
 

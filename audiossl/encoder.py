@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import take
+from audiossl.parts.positions import build_positions
 from audiossl.patches import PatchEmbed, grid_of
-from audiossl.positions import build_positions
 
 PADDED = -10_000.0  # added to the attention to padding, as ATST's published code does
 

@@ -17,14 +17,14 @@ from typing import Literal
 
 import numpy as np
 
-from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
-from audiossl.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
-from audiossl.remote import RemoteShard, find_remote_index, locate
-from audiossl.shardcache import ShardCache
-from audiossl.shardpaths import find_index, index_command, is_remote, matching
-from audiossl.shardstate import problem_of, state_of
-from audiossl.tarfiles import read_member
+from audiossl.indexing.indexfile import COLUMNS, corpus_hash, read_index, sha256_of, take_ragged
+from audiossl.indexing.shardpaths import find_index, index_command, is_remote, matching
+from audiossl.indexing.shardstate import problem_of, state_of
+from audiossl.packing.tarfiles import read_member
+from audiossl.remote.location import RemoteShard, find_remote_index, locate
+from audiossl.remote.shardcache import ShardCache
+from audiossl.sound.audio import EXTENSIONS
 
 
 class Index:
@@ -242,7 +242,7 @@ def main(args: argparse.Namespace) -> int:
         index.verify()
         print(f"{len(index.shards)} shards with {len(index)} clips are as {index.path} says, byte for byte")
         return 0
-    from audiossl.scan import index_shards  # the loader's workers import this module and need none of that
+    from audiossl.indexing.scan import index_shards  # the loader's workers import this module and need none of that
 
     return index_shards(args.shards, args.out, ShardCache.of(args.cache_dir, args.cache_gb))
 

@@ -2,7 +2,7 @@
 
 The folder is first cut into shards by a plan that depends on nothing but the files and their table; workers decode and
 encode clips, and one process writes them in the plan's order. The same command goes on where it was killed
-(`packstate`).
+(`packing.state`).
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audiossl import audio, ffmpeg
-from audiossl.audiosetfiles import read_audioset
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import read_meta, write_index
-from audiossl.packsource import META_NAME, Source, cut_into_shards, read_source
-from audiossl.packstate import claim, is_done, rows_path, shard_path
-from audiossl.packwriter import Settings, counted, encode_all, num_cores, write_shard
-from audiossl.shardpaths import INDEX_NAME
+from audiossl.indexing.indexfile import read_meta, write_index
+from audiossl.indexing.shardpaths import INDEX_NAME
+from audiossl.packing.audiosetfiles import read_audioset
+from audiossl.packing.source import META_NAME, Source, cut_into_shards, read_source
+from audiossl.packing.state import claim, is_done, rows_path, shard_path
+from audiossl.packing.writer import Settings, counted, encode_all, num_cores, write_shard
+from audiossl.sound import audio, ffmpeg
 
 REJECTED = "rejected.csv"
 MAX_REJECTED = 0.01

@@ -3,7 +3,7 @@
 `python -m audiossl passport SHARDS` writes `passport.json`: exact counts from the index, and statistics of the audio
 over a seeded sample of clips. The log-mel's mean and standard deviation in it are what `data.mean` and `data.std`
 should be. No audio and no key leaves the machine with it, except the keys of clips that cannot be decoded and of
-duplicates. `--compare` says in words how it differs from another (`passport_compare.py`).
+duplicates. `--compare` says in words how it differs from another (`passports/compare.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import write_whole
-from audiossl.packwriter import num_cores
+from audiossl.indexing.indexfile import write_whole
+from audiossl.packing.writer import num_cores
 
 FORMAT = 1
 NAME = "passport.json"
@@ -43,7 +43,7 @@ def make_passport(
     `num_clips` are decoded (0: none, None: all); `rate_hz` is `data.rate_hz` of the run it is for. Raises UserError for
     an unknown split, an empty corpus and one of which no clip can be decoded.
     """
-    from audiossl.corpusfacts import corpus_facts, key_hashes
+    from audiossl.passports.corpusfacts import corpus_facts, key_hashes
 
     if not len(index):
         raise UserError(f"{index.path}: 0 clips; nothing to say")
@@ -52,8 +52,8 @@ def make_passport(
     passport = {"format": FORMAT, "split": split, **corpus_facts(index, rows, hashes), "versions": _versions()}
     if num_clips == 0:
         return passport
-    from audiossl.clipfacts import Measure
-    from audiossl.corpusaudio import audio_facts, choose, duplicate_facts
+    from audiossl.passports.clipfacts import Measure
+    from audiossl.passports.corpusaudio import audio_facts, choose, duplicate_facts
 
     rate_hz = rate_hz or _common_rate(index.rate_hz[rows])
     chosen = choose(hashes, num_clips, seed)
@@ -147,15 +147,15 @@ def _run(args: argparse.Namespace) -> int:
     if index is not None or args.out:
         out = args.out or index.path.parent / NAME
         _write(passport, out)
-    from audiossl.passport_table import print_comparison, print_passport
+    from audiossl.passports.table import print_comparison, print_passport
 
     print_passport(passport, args.shards)
     if index is not None or args.out:
         print(f"\nwritten: {out} and {out.with_suffix('.png').name}")
     if args.compare is None:
         return 0
-    from audiossl.passport_compare import compare
-    from audiossl.passport_published import with_audioset
+    from audiossl.passports.compare import compare
+    from audiossl.passports.published import with_audioset
 
     if args.compare == "audioset":
         differences = with_audioset(passport)
@@ -189,7 +189,7 @@ def _passport_of(source: str, args: argparse.Namespace) -> tuple[Index | None, d
 
 
 def _write(passport: dict, out: Path) -> None:
-    from audiossl.passport_plots import passport_figure
+    from audiossl.passports.plots import passport_figure
 
     text = json.dumps(passport, indent=1, ensure_ascii=False)
     write_whole(out, (text + "\n").encode("utf-8", "surrogateescape"))
@@ -198,7 +198,7 @@ def _write(passport: dict, out: Path) -> None:
 
 def _keys(mine: Index, theirs: Index, split: str | None) -> tuple[list[str], list[str]]:
     """List the keys that only one of two corpora has: (only in mine, only in theirs), in the order of their hashes."""
-    from audiossl.corpusfacts import key_hashes
+    from audiossl.passports.corpusfacts import key_hashes
 
     rows = [index.select(split=split) for index in (mine, theirs)]
     hashes = [key_hashes(index, chosen) for index, chosen in zip((mine, theirs), rows, strict=True)]
@@ -214,7 +214,7 @@ def _common_rate(rates_hz: np.ndarray) -> int | None:
 
 
 def _versions() -> dict:
-    from audiossl.provenance import PACKAGES, version_of
+    from audiossl.running.provenance import PACKAGES, version_of
     from audiossl.version import __version__
 
     python = ".".join(map(str, sys.version_info[:3]))

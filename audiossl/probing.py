@@ -1,8 +1,8 @@
 """How good are the features of a frozen encoder?
 
-Compute them once per clip, then fit two small heads (`heads.py`) and test them on folds that neither the heads nor, in
-the demo, pre-training have seen. The statistics of the log-mel itself, put through the same heads, say what a score is
-worth; the same encoder before training says what was learned.
+Compute them once per clip, then fit two small heads (`features/heads.py`) and test them on folds that neither the
+heads nor, in the demo, pre-training have seen. The statistics of the log-mel itself, put through the same heads, say
+what a score is worth; the same encoder before training says what was learned.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from audiossl.audio import AudioError, decode, resample, to_int16
 from audiossl.embeddings import clip_features, windows_of
 from audiossl.errors import UserError
-from audiossl.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
+from audiossl.features.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
 from audiossl.index import Index
+from audiossl.sound.audio import AudioError, decode, resample, to_int16
 
 
 def logmel_statistics(spectrogram: Tensor) -> Tensor:

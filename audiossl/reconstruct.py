@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from audiossl.audio import AudioError, decode, probe, resample
 from audiossl.embeddings import evaluating, valid_frames
 from audiossl.errors import UserError
-from audiossl.inversion import waveform_from_log_mel, write_wav
 from audiossl.masking import Masking
 from audiossl.noise import Noise
 from audiossl.plots import Reconstruction, reconstruction_figure
+from audiossl.sound.audio import AudioError, decode, probe, resample
+from audiossl.sound.inversion import waveform_from_log_mel, write_wav
 
 MASKS = ("random", "time", "frequency", "time+frequency")
 
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; raises `UserError` for what the user can mend."""
-    from audiossl.build import load_method
+    from audiossl.running.build import load_method
 
     _check_audio(args.file, args.start, args.seconds)
     method, _ = load_method(args.checkpoint)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from audiossl.classscores import ClassScores
 from audiossl.plots import loss_figure
 from audiossl.probing import ProbeCallback
 from audiossl.reconstruct import write_reconstructions
+from audiossl.running.classscores import ClassScores
 from audiossl.weights.classifier import export_classifier
 from audiossl.weights.export import export_encoder
 

@@ -1,9 +1,9 @@
 """How does a folder of shards become batches of waveforms?
 
-`ShardData` makes the loaders of a rank. Which clips there are is in `corpus.py`; which comes when is a function of
-(seed, epoch) and the step (`drawing.py`, `order.py`); how a clip is read and cut is in `clips.py`; workers and
-time-outs are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size are passed in, never asked
-for.
+`ShardData` makes the loaders of a rank, out of `loading/`: which clips there are is in `corpus.py`; which comes when is
+a function of (seed, epoch) and the step (`drawing.py`, `order.py`); how a clip is read and cut is in `clips.py`;
+workers and time-outs are in `loader.py`, the list of bad clips in `badclips.py`. Rank and world size are passed in,
+never asked for.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from audiossl.badclips import BadClips, Entry
-from audiossl.clips import ClipDataset
-from audiossl.corpus import Source, load_corpus
-from audiossl.drawing import Drawing
+from audiossl.config.rules import check_drawing, check_value
 from audiossl.errors import UserError
-from audiossl.examples import NUM_CONSIDERED, pick
-from audiossl.loader import Loader, Requests, make_loader
-from audiossl.order import FixedSampler, Order, StepSampler
-from audiossl.prefetch import Downloads, check_room, remote_shards
-from audiossl.rules import check_drawing, check_value
-from audiossl.shardcache import ShardCache
+from audiossl.loading.badclips import BadClips, Entry
+from audiossl.loading.clips import ClipDataset
+from audiossl.loading.corpus import Source, load_corpus
+from audiossl.loading.drawing import Drawing
+from audiossl.loading.examples import NUM_CONSIDERED, pick
+from audiossl.loading.loader import Loader, Requests, make_loader
+from audiossl.loading.order import FixedSampler, Order, StepSampler
+from audiossl.remote.prefetch import Downloads, check_room, remote_shards
+from audiossl.remote.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from audiossl.errors import UserError
-from audiossl.frontend import FrontEnd, beyond
-from audiossl.mel import htk_mel_matrix, kaldi_mel_matrix
 from audiossl.noise import Noise
-from audiossl.waveform import resample, resampled_samples, to_float
+from audiossl.sound.frontend import FrontEnd, beyond
+from audiossl.sound.mel import htk_mel_matrix, kaldi_mel_matrix
+from audiossl.sound.waveform import resample, resampled_samples, to_float
 
 __all__ = ["AtstMel", "FrontEnd", "KaldiFbank", "PasstMel", "resample", "resampled_samples", "to_float"]
 

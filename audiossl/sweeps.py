@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiossl.overrides import combinations
+from audiossl.config.overrides import combinations
 
 FINISHED = "finished"
 SAME_LOSS = ("optim.", "trainer.", "seed", "init")  # keys that leave the meaning of the loss alone

@@ -21,28 +21,28 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 
 from audiossl import report
-from audiossl.alarm import CollapseAlarm
-from audiossl.averaging import Averaging
-from audiossl.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
-from audiossl.callbacks import Forensics, Pictures, Progress, Rows, Throughput
-from audiossl.checkpoint_files import step_of
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
-from audiossl.classscores import score_classes_of
-from audiossl.devices import Layout, plan
+from audiossl.checkpoints.files import step_of
+from audiossl.checkpoints.preemption import Preemption
+from audiossl.checkpoints.signals import PREEMPTED, Preempted
+from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
-from audiossl.ledger import Accounts
-from audiossl.loggers import MetricsCsv, build_loggers
-from audiossl.memory import Memory
+from audiossl.loading.ledger import Accounts
 from audiossl.optim import OptimSettings
-from audiossl.preemption import Preemption
+from audiossl.parts.memory import Memory
 from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
-from audiossl.provenance import provenance_of
-from audiossl.rundata import RunData, crop_samples, max_steps_of
-from audiossl.settings import instantiate
+from audiossl.running.alarm import CollapseAlarm
+from audiossl.running.averaging import Averaging
+from audiossl.running.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
+from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
+from audiossl.running.classscores import score_classes_of
+from audiossl.running.devices import Layout, plan
+from audiossl.running.loggers import MetricsCsv, build_loggers
+from audiossl.running.provenance import provenance_of
+from audiossl.running.rundata import RunData, crop_samples, max_steps_of
+from audiossl.running.trace import Trace
 from audiossl.shards import ShardData
-from audiossl.signals import PREEMPTED, Preempted
-from audiossl.trace import Trace
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from audiossl import tarfiles  # noqa: E402
-from audiossl.audio import decode, resample, to_int16  # noqa: E402
 from audiossl.index import Index  # noqa: E402
 from audiossl.pack import Settings, pack  # noqa: E402
+from audiossl.packing import tarfiles  # noqa: E402
 from audiossl.shards import ShardData  # noqa: E402
+from audiossl.sound.audio import decode, resample, to_int16  # noqa: E402
 
 RATE = 32_000
 ROWS = (  # codec, clip seconds, crop seconds, rate delivered, cache

@@ -77,8 +77,8 @@ def score_means(folder: Path, probe: Path) -> dict[str, dict[str, float]]:
     if not kept.exists():
         import torch
 
-        from audiossl.build import load_method, method_from_config
         from audiossl.probing import Probe
+        from audiossl.running.build import load_method, method_from_config
 
         trained, config = load_method(folder)
         scorer = Probe(**config["probe"] | {"shards": str(probe), "pooling": "mean"})

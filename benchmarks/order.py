@@ -54,7 +54,7 @@ def write_corpus(folder: Path, num_clips: int) -> None:
     """Write an index of clips with a few labels each, common and rare, and shards as long as it says."""
     import numpy as np
 
-    from audiossl.indexfile import write_index
+    from audiossl.indexing.indexfile import write_index
 
     per_shard, size = 5_000, 200_000
     rng = np.random.default_rng(0)

@@ -25,9 +25,9 @@ import soundfile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from audiossl.audio import decode, resample, to_int16  # noqa: E402
 from audiossl.index import Index  # noqa: E402
 from audiossl.pack import Settings, pack  # noqa: E402
+from audiossl.sound.audio import decode, resample, to_int16  # noqa: E402
 
 SECONDS = 10
 NUM_SEGMENTS = 2_041_789 + 22_160 + 20_371  # unbalanced, balanced, eval, as their csv files announce

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.optim import OptimSettings, build_optimizer
-from audiossl.settings import instantiate
 from audiossl.weights.atst import import_pretrained
 
 SMALL = dict(width=24, depth=2, num_heads=2, projector_width=32, projection_width=16, drop_path=0.0, mixup_memory=8)

@@ -5,8 +5,8 @@ from pathlib import Path
 import soundfile
 from packing import DEMO
 
-from audiossl.audio import decode, to_int16
 from audiossl.index import Index
+from audiossl.sound.audio import decode, to_int16
 
 REAL_CLASSES = {  # as published
     0: ("/m/09x0r", "Speech"),

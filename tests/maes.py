@@ -13,8 +13,8 @@ from conftest import ROOT, SHARED
 from einops import rearrange
 from safetensors.torch import load_file
 
-from audiossl.audio import resample
 from audiossl.methods.audiomae import AudioMAE
+from audiossl.sound.audio import resample
 from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.audiomae import import_pretrained
 

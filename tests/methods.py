@@ -6,9 +6,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from audiossl.batch import Batch
-from audiossl.build import method_from_config
 from audiossl.index import Index
-from audiossl.waveform import resample
+from audiossl.running.build import method_from_config
+from audiossl.sound.waveform import resample
 
 SMALL = {  # of which each method takes what it knows
     "width": 24,

@@ -14,7 +14,7 @@ from methods import settings_of
 from test_pretraining import QUIET, demo_data, loader, module_for
 from toy_teacher import COLLAPSING, HEALTHY, NARROWING, WIDTH, learn
 
-from audiossl.alarm import CollapseAlarm
+from audiossl.running.alarm import CollapseAlarm
 
 PATIENCE, LOW = 10, 0.25 / WIDTH**0.5  # of `toy_teacher.learn`
 
@@ -69,10 +69,10 @@ def test_a_resumed_run_rings_at_the_same_step_with_the_same_words(collapsed, tmp
 
 
 def test_a_warning_is_said_once_and_the_run_goes_on(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="audiossl.alarm"):
+    with caplog.at_level(logging.WARNING, logger="audiossl.running.alarm"):
         rows, said = learn(tmp_path, COLLAPSING, action="warn")
     assert said is None and len(rows) == 60
-    warnings = [record.getMessage() for record in caplog.records if record.name == "audiossl.alarm"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "audiossl.running.alarm"]
     starts = [i for i, row in enumerate(rows) if looks_collapsed(row) and (i == 0 or not looks_collapsed(rows[i - 1]))]
     long = [i for i in starts if all(map(looks_collapsed, rows[i : i + PATIENCE])) and i + PATIENCE <= len(rows)]
     assert [rung_at(text) for text in warnings] == [i + PATIENCE - 1 for i in long] and long

@@ -7,10 +7,10 @@ import torch
 from atsts import large_cases, settings_of
 from safetensors.torch import load_file
 
-from audiossl.build import method_from_config
+from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.methods.atst_c2f import features_of
-from audiossl.settings import instantiate
+from audiossl.running.build import method_from_config
 from audiossl.weights.atst import import_encoder, with_prefix
 from audiossl.weights.classifier import export_classifier, load_classifier
 from audiossl.weights.reading import read_torch_file

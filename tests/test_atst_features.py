@@ -6,10 +6,15 @@ import pytest
 import torch
 from atsts import Golden, encoder_of, large_cases
 
-from audiossl.chunks import class_token_over_blocks, clip_features_in_chunks, frame_features_in_chunks, valid_tokens
-from audiossl.classifier import LinearHead
-from audiossl.positions import interpolate_positions
-from audiossl.timestamps import frame_features, scene_embedding, timestamp_embedding
+from audiossl.features.chunks import (
+    class_token_over_blocks,
+    clip_features_in_chunks,
+    frame_features_in_chunks,
+    valid_tokens,
+)
+from audiossl.features.classifier import LinearHead
+from audiossl.features.timestamps import frame_features, scene_embedding, timestamp_embedding
+from audiossl.parts.positions import interpolate_positions
 from audiossl.weights.atst import import_finetuned
 
 CLIP, FRAME = large_cases("atst_clip_features*"), large_cases("atst_frame_features*")

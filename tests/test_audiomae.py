@@ -9,10 +9,10 @@ from maes import PLAIN, Golden, ours, published
 from audiossl import masking
 from audiossl.masking import take
 from audiossl.optim import OptimSettings, build_optimizer
+from audiossl.parts.windows import shift_mask
 from audiossl.patches import normalise_patches, patchify
 from audiossl.schedules import warmup_cosine
 from audiossl.weights.audiomae import import_pretrained, our_name
-from audiossl.windows import shift_mask
 
 STEPPED = "mae_pt_train"
 FORWARD = [case for case in golden_cases("mae_pt_*") if not case.name.startswith(STEPPED)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from audiosets import write_classes, write_segments
 
-from audiossl.audioset import parse_stem, possible_times_ms, read_classes, read_segments, split_of
 from audiossl.errors import UserError
+from audiossl.packing.audioset import parse_stem, possible_times_ms, read_classes, read_segments, split_of
 
 NAMES = [  # stem, id, what the times can mean in ms
     ("--4gqARaEJE", "--4gqARaEJE", None),

@@ -8,8 +8,8 @@ import torch
 from commands import TINY, train
 from safetensors.torch import load_file
 
-from audiossl.averaging import Averaging
 from audiossl.errors import UserError
+from audiossl.running.averaging import Averaging
 
 LABELLED = [  # a model of seconds that learns from the demo set's labels
     "model=passt",

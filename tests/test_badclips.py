@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_shards import audio, clip, data_of, noise, train_batches, write_shards
 
-from audiossl.badclips import BadClips, Entry
 from audiossl.batch import Batch, Skipped
 from audiossl.errors import UserError
-from audiossl.ledger import Accounts
+from audiossl.loading.badclips import BadClips, Entry
+from audiossl.loading.ledger import Accounts
 
 
 def ledger_of(num_clips: int, max_fraction: float = 0.01, folder=None, max_in_a_row: int = 100) -> BadClips:

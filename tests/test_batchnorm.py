@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from audiossl.batchnorm import BatchNorm1d
+from audiossl.parts.batchnorm import BatchNorm1d
 
 CHANNELS, STEPS = 6, 3
 CASES = dict(enumerate([((4, 4), True), ((5, 2), False), ((3, 0), True), ((0, 6), False), ((1, 1), True)]))

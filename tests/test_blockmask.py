@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from audiossl.blockmask import SpanMasking, cover_ranks, hide_smallest, num_hidden, num_spans
 from audiossl.errors import UserError
 from audiossl.noise import Noise
+from audiossl.parts.blockmask import SpanMasking, cover_ranks, hide_smallest, num_hidden, num_spans
 
 NAMES = ["block", "uniform", "disjoint", "random"]
 CLIPS = 6000

@@ -19,7 +19,7 @@ from audiossl.index import Index
 MEASURED = """
 import contextlib, io, json, re, sys, time
 sys.path.insert(0, {tests!r})
-import audiossl.scan
+import audiossl.indexing.scan
 from audiossl.__main__ import main
 from tiny_shards import data_of, train_batches
 
@@ -145,7 +145,7 @@ def test_a_shard_that_claims_to_be_huge_is_named_and_costs_no_memory(tmp_path):
 
 
 def read_columns(folder: Path):
-    from audiossl.indexfile import read_index
+    from audiossl.indexing.indexfile import read_index
 
     columns, meta = read_index(folder / "index.safetensors")
     return {name: column.copy() for name, column in columns.items()}, meta
@@ -198,7 +198,7 @@ def hook(event, arguments):
         events.append((event, str(arguments)[:80]))
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.scan import index_shards
+from audiossl.indexing.scan import index_shards
 sys.addaudithook(hook)
 for load in (Index.load, index_shards):
     for pattern in sys.argv[1:]:

@@ -15,9 +15,9 @@ import torch
 from omegaconf import OmegaConf
 from toy_training import Toys, straight_weights, toys
 
-from audiossl import checkpoint_io
-from audiossl.checkpoint_files import describe_file, is_valid, newest_valid, resolve_ckpt
-from audiossl.checkpoint_io import AtomicCheckpointIO, link_or_copy, sweep
+from audiossl.checkpoints import atomic
+from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, sweep
+from audiossl.checkpoints.files import describe_file, is_valid, newest_valid, resolve_ckpt
 from audiossl.errors import UserError
 
 
@@ -208,7 +208,7 @@ def test_no_failure_to_save_is_swallowed_and_the_old_file_stays(tmp_path, monkey
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_io.os, function, lambda *arguments: fail())
+        patch.setattr(atomic.os, function, lambda *arguments: fail())
         with pytest.raises(UserError, match=f"last.ckpt: not saved, {re.escape(os.strerror(number))}") as caught:
             AtomicCheckpointIO().save_checkpoint({"step": 2, "t": torch.ones(1000)}, path)
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -240,7 +240,7 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(checkpoint_io.os, "link", refuse)
+    monkeypatch.setattr(atomic.os, "link", refuse)
     link_or_copy(tmp_path / "a", tmp_path / "last")
     assert (tmp_path / "last").read_bytes() == b"new"
     assert not (tmp_path / "last").samefile(tmp_path / "a")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy_training import Toys, straight_weights, toys
 
-from audiossl.checkpoint_files import is_valid, newest_valid, step_of
+from audiossl.checkpoints.files import is_valid, newest_valid, step_of
 
 
 @pytest.fixture(name="toys", scope="module")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from audiossl.chunks import clip_features_in_chunks, frame_features_in_chunks
-from audiossl.classifier import LinearHead
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.positions import interpolate_positions
-from audiossl.timestamps import frame_features, scene_embedding, timestamp_embedding
+from audiossl.features.chunks import clip_features_in_chunks, frame_features_in_chunks
+from audiossl.features.classifier import LinearHead
+from audiossl.features.timestamps import frame_features, scene_embedding, timestamp_embedding
+from audiossl.parts.positions import interpolate_positions
 from audiossl.weights.atst import import_finetuned
 
 CHUNK = 61  # frames, of which 60 make 15 patches

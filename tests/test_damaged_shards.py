@@ -13,9 +13,9 @@ from damaged import FRAMES, PER_SHARD, damage, flip, rename, sound, write_folder
 from tiny_shards import audio, clip, data_of, noise, train_batches, write_shards
 
 from audiossl.__main__ import main
-from audiossl.audio import AudioError
 from audiossl.errors import UserError
 from audiossl.index import Index
+from audiossl.sound.audio import AudioError
 
 
 @pytest.fixture(scope="module")

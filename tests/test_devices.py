@@ -2,8 +2,8 @@
 
 import pytest
 
-from audiossl.devices import plan
 from audiossl.errors import UserError
+from audiossl.running.devices import plan
 
 
 def test_one_device_on_a_laptop_needs_no_words():

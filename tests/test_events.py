@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch.nn.functional import linear
 
-from audiossl.events import active_frames, frame_loss, frame_probabilities, median_filter, pool_by_class
-from audiossl.timestamps import frame_features
+from audiossl.features.events import active_frames, frame_loss, frame_probabilities, median_filter, pool_by_class
+from audiossl.features.timestamps import frame_features
 from audiossl.weights.atst import import_finetuned
 
 

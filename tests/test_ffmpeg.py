@@ -12,9 +12,9 @@ import soxr
 from audiosets import write_classes, write_clip, write_segments
 from packing import ROOT, read_table, run, tone, write_table
 
-from audiossl import ffmpeg
-from audiossl.audio import AudioError, decode
 from audiossl.index import Index
+from audiossl.sound import ffmpeg
+from audiossl.sound.audio import AudioError, decode
 
 needs_ffmpeg = pytest.mark.skipif(not ffmpeg.is_installed(), reason="the program ffmpeg is not installed")
 

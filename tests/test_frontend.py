@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from audiossl.errors import UserError
 from audiossl.noise import Noise
+from audiossl.sound.waveform import resampler
 from audiossl.spectrogram import resample, resampled_samples, to_float
-from audiossl.waveform import resampler
 
 
 @pytest.mark.parametrize("name", NAMES)

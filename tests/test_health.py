@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from audiossl.health import effective_rank, feature_std
+from audiossl.parts.health import effective_rank, feature_std
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from conftest import ROOT
 # a signature is not counted: the constructors that YAML fills have a line a setting, 30 of them in `ShardData`
 # schema.py (270) reads every form of annotation in one place; splitting it would part the grammar from its words
 FILE_LINES, FUNCTION_LINES, CONFIG_DEPTH = 270, 50, 3
+# what a reader looks for by name lies flat (27 now; fine-tuning, tasks and HEAR are to come), the rest in a room
+FLAT_MODULES, ROOM_MODULES = 32, 16
 SOURCES = sorted([*(ROOT / "audiossl").rglob("*.py"), *ROOT.glob("*.py")])
 
 
@@ -34,6 +38,23 @@ def test_no_function_outgrows_a_page():
         if (n := f.end_lineno - f.body[0].lineno + 1) > FUNCTION_LINES
     }
     assert not long, f"more than {FUNCTION_LINES} lines: {long}"
+
+
+def test_no_room_is_so_full_that_nothing_is_found():
+    rooms = Counter(path.parent.relative_to(ROOT) for path in SOURCES if not path.stem.startswith("__"))
+    allowed = {Path("audiossl"): FLAT_MODULES}
+    full = {str(room): count for room, count in rooms.items() if count > allowed.get(room, ROOM_MODULES)}
+    assert not full, f"group them: {full}"
+    assert all(len(room.parts) <= 2 for room in rooms), "a package in a package is a cupboard in a room"
+
+
+def test_every_room_and_what_lies_in_it_is_installed():
+    """setuptools passes over a folder without `__init__.py`, and over data that `package-data` leaves out."""
+    rooms = {path.parent for path in SOURCES} - {ROOT}
+    assert all((room / "__init__.py").exists() for room in rooms)
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {path for name, globs in data.items() for g in globs for path in ROOT.joinpath(*name.split(".")).glob(g)}
+    assert shipped == {*(ROOT / "audiossl").rglob("*.yaml")}
 
 
 def test_every_module_opens_with_what_it_is_for():

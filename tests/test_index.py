@@ -14,11 +14,11 @@ import pytest
 import soundfile
 from packing import DEMO, ROOT
 
-from audiossl.audio import EXTENSIONS
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import take_ragged, write_index
-from audiossl.shardpaths import expand
+from audiossl.indexing.indexfile import take_ragged, write_index
+from audiossl.indexing.shardpaths import expand
+from audiossl.sound.audio import EXTENSIONS
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from conftest import golden_cases
 from maes import audiomae
 from safetensors.torch import save_file
 
-from audiossl.build import load_initial_weights
 from audiossl.errors import UserError
+from audiossl.running.build import load_initial_weights
 
 
 @pytest.fixture(scope="module")

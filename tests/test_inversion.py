@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from audiossl.inversion import DB_PER_NEPER, inversion_error_db, linear_power, waveform_from_log_mel, write_wav
+from audiossl.sound.inversion import DB_PER_NEPER, inversion_error_db, linear_power, waveform_from_log_mel, write_wav
 from audiossl.spectrogram import AtstMel, KaldiFbank, PasstMel
 
 RANGE = dict(rate_hz=16000, fmin_hz=60)

@@ -6,9 +6,9 @@ import torch
 from conftest import ROOT
 from tiny_shards import audio, clip, data_of, digest, noise, train_batches, write_shards
 
-from audiossl.clips import collate
 from audiossl.errors import UserError
 from audiossl.index import Index
+from audiossl.loading.clips import collate
 
 SPLITS = ("train", "extra", "test")
 

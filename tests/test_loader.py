@@ -14,7 +14,7 @@ from processes import descendants, end_within, processes, workers
 from tiny_shards import audio, clip, data_of, long_loader, noise, ragged_corpus, write_shards
 
 from audiossl.errors import UserError
-from audiossl.loader import make_loader
+from audiossl.loading.loader import make_loader
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,9 @@ def test_workers_do_not_outlive_a_killed_trainer(corpus, tmp_path):
 
 
 def test_a_worker_imports_neither_lightning_nor_hydra():
-    program = "import sys, audiossl.loader; print(*{'lightning', 'hydra', 'timm', 'torchaudio'} & set(sys.modules))"
+    program = (
+        "import sys, audiossl.loading.loader; print(*{'lightning', 'hydra', 'timm', 'torchaudio'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "\n"
 
 

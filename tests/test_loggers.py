@@ -4,7 +4,7 @@ import csv
 
 from lightning.pytorch.loggers import Logger
 
-from audiossl.loggers import Guarded, MetricsCsv
+from audiossl.running.loggers import Guarded, MetricsCsv
 
 
 def read(path):

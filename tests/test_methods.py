@@ -10,9 +10,9 @@ from maes import real_clips
 from methods import batch_of, build, compose_for, settings_of
 from test_resume import column
 
-from audiossl.build import method_from_config
 from audiossl.noise import Noise
 from audiossl.optim import parameter_groups
+from audiossl.running.build import method_from_config
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 

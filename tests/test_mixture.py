@@ -12,8 +12,8 @@ from tiny_shards import audio, clip, data_of, digest, noise, train_batches, writ
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.mixture import JoinedIndex, Mixed, largest_remainder
-from audiossl.order import ShardWindows, Shuffled, StepSampler
+from audiossl.loading.mixture import JoinedIndex, Mixed, largest_remainder
+from audiossl.loading.order import ShardWindows, Shuffled, StepSampler
 
 COUNTS = {"music": 9, "noise": 4, "speech": 30}
 

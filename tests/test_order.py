@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audiossl.order import FixedSampler, ShardWindows, Shuffled, StepSampler, clip_order, rows_of
+from audiossl.loading.order import FixedSampler, ShardWindows, Shuffled, StepSampler, clip_order, rows_of
 
 
 def sampler(**changes) -> StepSampler:

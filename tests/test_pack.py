@@ -9,10 +9,10 @@ import soxr
 import webdataset as wds
 from packing import read_table, run, tone, write_table
 
-from audiossl.audio import decode, to_flac, to_int16
 from audiossl.index import Index
 from audiossl.pack import parse_bytes
-from audiossl.packsource import key_of
+from audiossl.packing.source import key_of
+from audiossl.sound.audio import decode, to_flac, to_int16
 
 
 def test_stereo_at_44100_becomes_mono_at_32000_with_its_tone_where_it_was(tmp_path):

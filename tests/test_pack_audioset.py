@@ -15,9 +15,9 @@ import webdataset as wds
 from audiosets import REAL_CLASSES, write_audioset, write_classes, write_clip, write_segments
 from packing import ROOT, contents, read_table, run, tone, write_table
 
-from audiossl.audio import decode
 from audiossl.index import Index
-from audiossl.indexfile import write_index
+from audiossl.indexing.indexfile import write_index
+from audiossl.sound.audio import decode
 
 
 def command(source: Path, out: Path, *options: object) -> list[str]:

@@ -11,8 +11,8 @@ import soundfile
 from packing import contents, read_table, run, tone
 
 from audiossl.__main__ import main
-from audiossl.audio import AudioError, to_flac
 from audiossl.index import Index
+from audiossl.sound.audio import AudioError, to_flac
 
 
 def test_a_pack_begun_with_other_arguments_or_files_says_so(tmp_path, capsys):

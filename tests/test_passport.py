@@ -20,10 +20,10 @@ from test_index import million_rows
 from tiny_shards import audio, clip, noise, write_shards
 
 from audiossl.__main__ import main
-from audiossl.clipfacts import levels
-from audiossl.corpusaudio import choose, mel_facts
 from audiossl.index import Index
 from audiossl.passport import make_passport
+from audiossl.passports.clipfacts import levels
+from audiossl.passports.corpusaudio import choose, mel_facts
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_levels_equal_their_definitions():
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_no_number_depends_on_the_number_of_workers(corpus, measured, workers, monkeypatch):
-    monkeypatch.setattr("audiossl.corpusaudio.WORTH_WORKERS_CLIPS", 1)
+    monkeypatch.setattr("audiossl.passports.corpusaudio.WORTH_WORKERS_CLIPS", 1)
     assert make_passport(Index.load(corpus), num_clips=None, workers=workers) == measured
 
 

@@ -11,11 +11,11 @@ from conftest import ROOT
 from passports import DEMO_CLIPS, passport, plain, repack
 
 from audiossl.__main__ import main
-from audiossl.corpusfacts import labelled_hashes, read_sketch, set_hash, sketch
 from audiossl.index import Index
 from audiossl.passport import make_passport
-from audiossl.passport_compare import compare
-from audiossl.passport_published import published_audioset, with_audioset
+from audiossl.passports.compare import compare
+from audiossl.passports.corpusfacts import labelled_hashes, read_sketch, set_hash, sketch
+from audiossl.passports.published import published_audioset, with_audioset
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_the_published_figures_are_those_of_the_configs_and_each_has_a_source():
     assert (known["kaldi_mean"], known["kaldi_std"]) == (audioset["mean"], audioset["std"])
     assert (known["atst_min_db"], known["atst_max_db"]) == (atst["min_db"], atst["max_db"])
     assert (known["passt_mean"], known["passt_std"]) == (passt["mean"], passt["std"])
-    entries = yaml.safe_load((ROOT / "audiossl" / "audioset.yaml").read_text())
+    entries = yaml.safe_load((ROOT / "audiossl" / "passports" / "audioset.yaml").read_text())
     assert all(set(entry) == {"value", "source"} and len(entry["source"]) > 10 for entry in entries.values())
 
 

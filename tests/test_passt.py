@@ -9,11 +9,11 @@ from passts import PLAIN, Golden, passt
 from safetensors.torch import load_file
 
 from audiossl.batch import Batch
-from audiossl.build import load_initial_weights
 from audiossl.errors import UserError
 from audiossl.masking import keep_cells
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
+from audiossl.running.build import load_initial_weights
 from audiossl.weights.passt import import_pretrained, split_image_positions
 from audiossl.weights.reading import read_torch_file
 

@@ -9,11 +9,11 @@ import torch
 from maes import real_clips
 from passts import PLAIN, passt
 
-from audiossl.audio import resample
 from audiossl.batch import Batch
-from audiossl.build import load_initial_weights
 from audiossl.errors import UserError
 from audiossl.noise import Noise
+from audiossl.running.build import load_initial_weights
+from audiossl.sound.audio import resample
 
 SINGLES = PLAIN | dict(patchout_time=10, patchout_frequency=4, patchout_random=20)
 

@@ -32,7 +32,7 @@ def test_a_reconstruction_has_three_panels_a_clip_in_seconds_and_hz(clips, tmp_p
 
 
 def test_frequency_ticks_lie_on_the_bands_that_hear_them(clips):
-    from audiossl.mel import kaldi_mel_matrix
+    from audiossl.sound.mel import kaldi_mel_matrix
 
     axis = panels(reconstruction_figure(clips))[0]
     heard = kaldi_mel_matrix(128, 512, 16000, 20, 8000)

@@ -11,7 +11,7 @@ import time
 import pytest
 from toy_training import Toys, straight_weights, toys
 
-from audiossl.loader import start_worker
+from audiossl.loading.loader import start_worker
 
 
 @pytest.fixture(name="toys", scope="module")
@@ -73,7 +73,7 @@ def test_a_signal_in_the_last_step_saves_the_end_and_asks_to_be_run_again(toys, 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_a_signal_before_torch_is_imported_leaves_at_once(root, name, code):
     program = """import sys, time
-from audiossl.signals import install_early_handlers
+from audiossl.checkpoints.signals import install_early_handlers
 install_early_handlers()
 assert "torch" not in sys.modules
 print("ready", flush=True)

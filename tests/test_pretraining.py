@@ -10,11 +10,11 @@ from maes import TINY as SIZES
 from tiny_shards import EVERY_CLIP_ONCE, NO_DAMAGE
 
 from audiossl.batch import Batch
-from audiossl.callbacks import Forensics, Throughput
 from audiossl.methods.audiomae import AudioMAE
 from audiossl.noise import Noise
 from audiossl.optim import OptimSettings
 from audiossl.pretraining import NonFiniteError, Pretraining
+from audiossl.running.callbacks import Forensics, Throughput
 from audiossl.shards import ShardData
 from audiossl.spectrogram import PasstMel
 

@@ -18,7 +18,7 @@ from torch import nn
 from audiossl.embeddings import clip_features, evaluating, windows_of
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
+from audiossl.features.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
 from audiossl.probing import Probe, ProbeCallback, clip_statistics, logmel_statistics
 from audiossl.spectrogram import KaldiFbank
 

@@ -20,8 +20,8 @@ from tiny_shards import audio, clip, data_of, digest, noise, ragged_corpus, trai
 from audiossl.__main__ import main
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.indexfile import read_index, write_index
-from audiossl.shardcache import ShardCache
+from audiossl.indexing.indexfile import read_index, write_index
+from audiossl.remote.shardcache import ShardCache
 
 SIX = "shard-{000000..000005}.tar"
 
@@ -160,7 +160,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_with_its_address(web, fault, e
 
 def test_the_loader_waits_for_a_slow_download(web, monkeypatch, capsys):
     """Longer than its time-out, as long as bytes come."""
-    monkeypatch.setattr("audiossl.loader.POLL_SECONDS", 1)
+    monkeypatch.setattr("audiossl.loading.loader.POLL_SECONDS", 1)
     data = data_of(f"https://{web.host}/prefix", num_workers=1, timeout_seconds=2.0)
     loader = data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=12, seed=5)
     shutil.rmtree(data.index._cache.folder / "shards")

@@ -7,8 +7,8 @@ from safetensors.numpy import load_file
 from tiny_shards import audio, clip, data_of, digest, noise, train_batches, write_shards
 
 from audiossl.errors import UserError
-from audiossl.order import StepSampler
-from audiossl.sampling import (
+from audiossl.loading.order import StepSampler
+from audiossl.loading.sampling import (
     FORMULAS,
     Weighted,
     clip_weights,

@@ -16,7 +16,7 @@ from packing import DEMO
 
 from audiossl.__main__ import main
 from audiossl.index import Index
-from audiossl.indexfile import read_index
+from audiossl.indexing.indexfile import read_index
 
 
 def sound(kind: str = "flac", seed: int = 0) -> bytes:

@@ -12,20 +12,20 @@ from conftest import ROOT
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from audiossl.cli import launch
+from audiossl.config.cli import launch
+from audiossl.config.overrides import Composer
+from audiossl.config.schema import parse_type, signature
+from audiossl.config.settings import check, instantiate, plain_config
+from audiossl.config.specs import PRETRAIN
 from audiossl.errors import UserError
-from audiossl.overrides import Composer
-from audiossl.schema import parse_type, signature
-from audiossl.settings import check, instantiate, plain_config
-from audiossl.specs import PRETRAIN
 
 APP = """
 import json, sys
 from pathlib import Path
-from audiossl.cli import launch
+from audiossl.config.cli import launch
 from audiossl.errors import UserError
-from audiossl.settings import plain_config
-from audiossl.specs import PRETRAIN
+from audiossl.config.settings import plain_config
+from audiossl.config.specs import PRETRAIN
 
 def run(cfg):
     assert not {"torch", "lightning", "timm"} & set(sys.modules)
@@ -247,7 +247,7 @@ def test_several_values_without_m_and_endless_sweeps_are_refused(refused):
 def test_target_outside_the_allowed_packages_is_refused(refused):
     assert "model._target_=os.system: is not allowed" in refused("model._target_=os.system")
     assert "is not allowed" in refused("+hydra.callbacks.x._target_=os.system")
-    assert "leads out of its package" in refused("model._target_=audiossl.cli.Path")
+    assert "leads out of its package" in refused("model._target_=audiossl.config.cli.Path")
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_target_outside_the_allowed_packages_is_refused(refused):
         "pathlib.Path.touch",
         "logging.os.system",
         "torch.hub.load",
-        "audiossl.cli.os.system",
-        "audiossl.cli.Path",
-        "audiossl.cli.hydra",
+        "audiossl.config.cli.os.system",
+        "audiossl.config.cli.Path",
+        "audiossl.config.cli.hydra",
         "lightning.pytorch.core.saving.load_hparams_from_yaml",
     ],
 )
@@ -270,10 +270,10 @@ def test_instantiate_builds_nothing_outside_the_allowed_packages(target, tmp_pat
 
 
 def test_instantiate_passes_config_and_code_arguments():
-    inner = {"_target_": "audiossl.schema.Type", "kind": "int"}
-    built = instantiate(OmegaConf.create({"kind": "list", "members": inner}), "audiossl.schema.Type")
+    inner = {"_target_": "audiossl.config.schema.Type", "kind": "int"}
+    built = instantiate(OmegaConf.create({"kind": "list", "members": inner}), "audiossl.config.schema.Type")
     assert built.kind == "list" and built.members.accepts(3)
-    assert instantiate({"_target_": "audiossl.schema.Type"}, kind="bool").accepts(True)
+    assert instantiate({"_target_": "audiossl.config.schema.Type"}, kind="bool").accepts(True)
 
 
 def test_signature_is_read_through_imports_and_aliases_without_importing_them():
@@ -373,6 +373,8 @@ def test_hydras_own_flags_work_untouched(tmp_path):
 
 def test_checking_a_config_imports_neither_torch_nor_lightning():
     heavy = "{'torch', 'lightning', 'timm'}"
-    code = f"import sys, audiossl.cli, audiossl.specs, audiossl.sweeps; print(*{heavy} & {{*sys.modules}})"
+    code = (
+        f"import sys, audiossl.config.cli, audiossl.config.specs, audiossl.sweeps; print(*{heavy} & {{*sys.modules}})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "" and done.returncode == 0

@@ -10,9 +10,9 @@ import pytest
 from servers import Files, Server
 
 from audiossl.errors import UserError
-from audiossl.indexfile import sha256_of
-from audiossl.shardcache import ShardCache, default_folder
-from audiossl.transfer import Patience
+from audiossl.indexing.indexfile import sha256_of
+from audiossl.remote.shardcache import ShardCache, default_folder
+from audiossl.remote.transfer import Patience
 
 SIZE = 1_000_000
 HASTY = Patience(tries=3, first_wait_seconds=0.01, stall_seconds=2.0)

@@ -7,7 +7,7 @@ import pytest
 from tiny_shards import audio, clip, data_of, noise, write_shards
 
 from audiossl.errors import UserError
-from audiossl.subsets import crc32
+from audiossl.loading.subsets import crc32
 
 SIZES = {"common": 40, "middle": 12, "rare": 5}
 

@@ -77,9 +77,9 @@ def test_a_validation_ends_in_numbers_a_table_and_the_best_checkpoint(finished):
 
 REBUILD = """
 import torch
-from audiossl.audio import decode, resample
+from audiossl.sound.audio import decode, resample
 from audiossl.batch import Batch
-from audiossl.build import load_method
+from audiossl.running.build import load_method
 from audiossl.index import Index
 from sklearn.metrics import average_precision_score
 

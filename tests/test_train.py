@@ -11,7 +11,7 @@ from commands import TINY, metrics, train
 
 import audiossl
 from audiossl.__main__ import main
-from audiossl.build import load_method
+from audiossl.running.build import load_method
 
 DEMO = ["trainer=cpu", "trainer.log_every_n_steps=2", "model.depth=1", "model.decoder_depth=1", "data.num_workers=0"]
 

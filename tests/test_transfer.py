@@ -9,8 +9,8 @@ import pytest
 from servers import Bucket, Files, Server
 
 from audiossl.errors import UserError
-from audiossl.streams import QUERY_VARIABLE, list_s3
-from audiossl.transfer import Absent, Patience, fetch
+from audiossl.remote.streams import QUERY_VARIABLE, list_s3
+from audiossl.remote.transfer import Absent, Patience, fetch
 
 CONTENT = os.urandom(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from audiossl.noise import Noise
+from audiossl.parts.views import FREQUENCY_WARP, MixupBank, RandomResizedCrop, crop, crop_starts, log_mixup
 from audiossl.spectrogram import to_float
-from audiossl.views import FREQUENCY_WARP, MixupBank, RandomResizedCrop, crop, crop_starts, log_mixup
 
 
 def load_case(folder):

@@ -13,8 +13,8 @@ from maes import audiomae
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.masking import keep_random
+from audiossl.parts.positions import sincos_table
 from audiossl.patches import grid_of
-from audiossl.positions import sincos_table
 from audiossl.weights.audiomae import import_encoder, import_pretrained, is_audiomae
 from audiossl.weights.reading import read_torch_file
 

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 
 from audiossl.batch import Batch
-from audiossl.indexfile import sha256_of, write_index
+from audiossl.indexing.indexfile import sha256_of, write_index
 from audiossl.shards import ShardData
 
 RATE = 8000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from audiossl import checkpoint_io
+from audiossl.checkpoints import atomic
 
 
 def prepare(fault: dict, checkpoints: Path) -> None:
@@ -62,7 +62,7 @@ def kill_at(point: str) -> None:
         original_write(value, file)
 
     original_write = torch.save
-    checkpoint_io.torch.save = save
+    atomic.torch.save = save
     if point == "before fsync":
         wrap(os, "fsync", lambda *_: True)
     if point == "before rename":

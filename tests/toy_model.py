@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from audiossl.loader import start_worker
+from audiossl.loading.loader import start_worker
 
 
 class Clips(Dataset):

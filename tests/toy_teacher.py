@@ -17,11 +17,11 @@ from test_pretraining import QUIET, demo_data
 from torch import nn
 from torch.nn import functional as F
 
-from audiossl.alarm import CollapseAlarm, CollapseError
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing
-from audiossl.health import effective_rank, feature_std
 from audiossl.optim import OptimSettings
+from audiossl.parts.health import effective_rank, feature_std
 from audiossl.pretraining import Pretraining
+from audiossl.running.alarm import CollapseAlarm, CollapseError
 from audiossl.schedules import momentum_at
 from audiossl.spectrogram import AtstMel
 

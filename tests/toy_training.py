@@ -127,7 +127,7 @@ def serve() -> None:
     import toy_faults  # noqa: F401
     import toy_model  # noqa: F401
 
-    import audiossl.preemption  # noqa: F401
+    import audiossl.checkpoints.preemption  # noqa: F401
 
     gc.freeze()  # forks share the memory of what is there now
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -176,8 +176,8 @@ def train(folder: Path, name: str, **options) -> None:
     from toy_model import Toy
 
     from audiossl.checkpointing import describe_file
+    from audiossl.checkpoints.signals import install_early_handlers
     from audiossl.errors import UserError
-    from audiossl.signals import install_early_handlers
 
     install_early_handlers()
     prepare(options["fault"], folder / "checkpoints")
@@ -204,7 +204,7 @@ def fit(model, folder: Path, options: dict) -> None:
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
-    from audiossl.preemption import Preemption
+    from audiossl.checkpoints.preemption import Preemption
 
     ckpt = resolve_ckpt(options["ckpt"], folder)
     settings = {k: options[k] for k in ("every_steps", "every_minutes", "keep_last", "keep_best", "metric")}

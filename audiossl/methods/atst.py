@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audiossl.batch import Batch
-from audiossl.batchnorm import BatchNorm1d
 from audiossl.ema import update_teacher
 from audiossl.encoder import Encoder, init_truncated_normal
 from audiossl.errors import UserError
-from audiossl.health import effective_rank, feature_std
 from audiossl.noise import Noise
-from audiossl.ranks import mean_of_all_ranks
+from audiossl.parts.batchnorm import BatchNorm1d
+from audiossl.parts.health import effective_rank, feature_std
+from audiossl.parts.views import MixupBank, RandomResizedCrop, crop, crop_starts
+from audiossl.running.ranks import mean_of_all_ranks
 from audiossl.schedules import momentum_at
-from audiossl.views import MixupBank, RandomResizedCrop, crop, crop_starts
 
 
 def projection_head(width: int, hidden: int, out: int) -> nn.Sequential:

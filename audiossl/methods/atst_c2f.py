@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from audiossl.batch import Batch
-from audiossl.chunks import clip_features_in_chunks, frame_features_in_chunks
-from audiossl.classifier import LinearHead
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
+from audiossl.features.chunks import clip_features_in_chunks, frame_features_in_chunks
+from audiossl.features.classifier import LinearHead
 from audiossl.methods.atst import atst_encoder, projection_head
 from audiossl.noise import Noise
-from audiossl.ranks import mean_of_all_ranks
+from audiossl.running.ranks import mean_of_all_ranks
 from audiossl.weights.classifier import load_classifier
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from audiossl.batch import Batch
-from audiossl.blockmask import SpanMasking
 from audiossl.encoder import Encoder
 from audiossl.methods.atst import TeacherStudent, atst_encoder
 from audiossl.noise import Noise
-from audiossl.positions import truncated_normal
-from audiossl.views import MixupBank, RandomResizedCrop
+from audiossl.parts.blockmask import SpanMasking
+from audiossl.parts.positions import truncated_normal
+from audiossl.parts.views import MixupBank, RandomResizedCrop
 
 
 class ATSTFrame(TeacherStudent):

@@ -17,9 +17,9 @@ from audiossl.encoder import Encoder, init_linear, vit_block
 from audiossl.errors import UserError
 from audiossl.masking import Masking, hidden, keep_to_mask, take
 from audiossl.noise import Noise
+from audiossl.parts.positions import SinCosPositions
+from audiossl.parts.windows import LocalBlock, check_windows, shift_mask, shift_of
 from audiossl.patches import check_tiled, normalise_patches, patchify, spread_from_visible, unpatchify
-from audiossl.positions import SinCosPositions
-from audiossl.windows import LocalBlock, check_windows, shift_mask, shift_of
 
 GLOBAL_BLOCKS_OF_HYBRID = 4  # paper: local layers first, the last four attend globally
 

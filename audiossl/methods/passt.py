@@ -19,11 +19,11 @@ from audiossl.augment import SpectrogramAugmentation, WaveformAugmentation
 from audiossl.batch import Batch
 from audiossl.encoder import Encoder, init_truncated_normal
 from audiossl.errors import UserError
-from audiossl.frontend import beyond
 from audiossl.masking import keep_cells, smallest
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
-from audiossl.waveform import to_float
+from audiossl.sound.frontend import beyond
+from audiossl.sound.waveform import to_float
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiossl.errors import UserError
-from audiossl.positions import sincos_table
+from audiossl.parts.positions import sincos_table
 from audiossl.weights.reading import read_torch_file
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths; shapes do not tell

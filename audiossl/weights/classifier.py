@@ -14,10 +14,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from audiossl.classifier import LinearHead
+from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.settings import instantiate
+from audiossl.features.classifier import LinearHead
 from audiossl.weights.atst import PATCH, import_finetuned
 from audiossl.weights.export import describe, read_export
 

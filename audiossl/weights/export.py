@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.settings import instantiate
 from audiossl.spectrogram import resample
 from audiossl.version import __version__
 

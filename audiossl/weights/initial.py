@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.positions import AxisPositions, SinCosPositions
+from audiossl.parts.positions import AxisPositions, SinCosPositions
 from audiossl.weights import passt
 from audiossl.weights.audiomae import import_encoder, is_audiomae
 from audiossl.weights.export import read_export, read_safetensors

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from audiossl.checkpoint_files import newest_valid
+from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
 
 HARMLESS = [

@@ -1,0 +1,181 @@
+"""What stands between the command line and a run?
+
+`launch` composes the config (every job's, in a sweep) and checks it, all before Hydra makes a folder and before torch
+is imported; a user's mistake is one line on stderr and exit code 2. What is right is handed to `hydra.main`. Exit
+codes: 0 only for a finished run, 1 for a failure with its traceback or a sweep with a failed job, 2 for a user's error;
+75 (pre-empted, can be resumed) and 130 (interrupted) come from the run, and end a sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser  # the parser that hydra.main itself uses; there is no public one
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from audiossl.config.fields import Spec, UnknownKeyError
+from audiossl.config.overrides import Composer, written_in
+from audiossl.config.settings import check, mask
+from audiossl.errors import UserError
+
+Run = Callable[[DictConfig], int | None]
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONF = REPOSITORY / "conf"
+OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_ALIASES = 50  # a few dozen nested ones fill the memory
+MADE_BY_A_RUN = ("config.yaml", "checkpoints", "metrics.csv")
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+
+
+def launch(
+    config_name: str,
+    run: Run,
+    spec: Spec,
+    argv: Sequence[str] | None = None,
+    conf: Path = CONF,
+) -> int:
+    """Check the command line and the config, call `run` with it under Hydra, and return the exit code.
+
+    `run` gets the composed config without its `hydra` node, once, or once a job of a sweep (`-m`), and returns its exit
+    code. `--help`, `--cfg`, `--info` and shell completion go to Hydra untouched. An exception that is no `UserError`
+    leaves as Hydra has it, through `SystemExit(1)` after its traceback; in a sweep the other jobs still run.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    argv = argv[:1] + sorted(argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # wherever it stands
+    program = Path(argv[0]).name
+    codes: list[int] = []
+    try:
+        args = get_args_parser().parse_args(argv[1:])
+        if args.experimental_rerun:
+            raise UserError("--experimental-rerun: runs code from a pickle; give the overrides again instead")
+        if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
+            rewritten = _check(config_name, args, spec, conf, Path(program).stem)
+            argv = [rewritten.get(argument, argument) for argument in argv]
+        elif args.cfg and not args.info:  # shown as it would be run; what is wrong with it is Hydra's to say
+            with contextlib.suppress(UserError):
+                rewritten = _check(config_name, args, spec, conf, Path(program).stem, is_shown=True)
+                argv = [rewritten.get(argument, argument) for argument in argv]
+        sys.argv = argv
+        task = _job(run, program, codes)
+        hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
+    except UserError as error:
+        _complain(program, error)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    return next((code for code in codes if code), 0)
+
+
+def _complain(program: str, error: Exception) -> None:
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], None]:
+    """Wrap `run` so that a user's error is one line, and a failing job of a sweep does not end the others."""
+
+    @functools.wraps(run)
+    def job(cfg: DictConfig) -> None:
+        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        try:
+            codes.append(run(cfg) or 0)
+            return
+        except UserError as error:
+            _complain(program, error)
+            codes.append(1 if is_sweep else 2)
+            problem: Exception = error
+        except Exception as error:
+            if not is_sweep:
+                raise
+            traceback.print_exc()
+            codes.append(1)
+            problem = error
+        if is_sweep:
+            message = mask(" ".join(f"{type(problem).__name__}: {problem}".split())[:500])
+            status = json.dumps({"status": "failed", "error": message})
+            Path(HydraConfig.get().runtime.output_dir, "results.json").write_text(status, encoding="utf-8")
+
+    return job
+
+
+def _check(
+    config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: str, is_shown: bool = False
+) -> dict[str, str]:
+    """Compose and check the config of every job; returns the overrides that Hydra must be given differently."""
+    conf = Path(args.config_path).resolve() if args.config_path else conf
+    extra = Path(args.config_dir).resolve() if args.config_dir else None
+    for folder in filter(None, (conf, extra)):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of configs")
+        _check_yaml_files(folder)
+    search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
+    try:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3", job_name=job_name):
+            composer = Composer(args.config_name or config_name, spec, search, args.multirun)
+            for number, cfg in enumerate(composer.jobs(args.overrides)):
+                try:
+                    check(cfg, spec)
+                except UnknownKeyError as error:  # no override is it: a file has it, or a mapping given
+                    where = written_in(cfg, error.key)
+                    raise UserError(f"{where}: {error}" if where else str(error)) from error
+                if composer.is_sweep and cfg.get("trainer", {}).get("devices", 1) not in (1, "auto"):
+                    raise UserError(
+                        f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
+                        "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
+                    )
+                if number == 0 and not is_shown and _is_first_process():
+                    _check_folder(cfg, composer.is_sweep)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_first_lines(error)) from error
+    finally:
+        HydraConfig.instance().cfg = None
+    return composer.rewritten
+
+
+def _first_lines(error: Exception) -> str:
+    text = f"{error}\n{error.__cause__ or ''}" if isinstance(error, HydraException) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^") and "hydra.cc" not in line]
+    return "; ".join(lines[: 6 if isinstance(error, yaml.YAMLError) else 2])
+
+
+def _check_yaml_files(folder: Path) -> None:
+    """Refuse files so large, or with so many aliases, that reading them would fill the memory."""
+    for path in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")):
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a config")
+        if len(re.findall(r"(?<=[\s\[,:])\*\w+", path.read_text(encoding="utf-8"))) > MAX_YAML_ALIASES:
+            raise UserError(f"{path}: has more than {MAX_YAML_ALIASES} YAML aliases (*name)")
+
+
+def _is_first_process() -> bool:
+    """Tell whether no launcher (torchrun, srun, Lightning) has given this process a rank above 0."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+
+
+def _check_folder(cfg: DictConfig, is_sweep: bool) -> None:
+    """Refuse to write over a run that exists, unless `ckpt` says that it goes on."""
+    folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give another folder with name=... or hydra.run.dir=...")
+    if cfg.get("ckpt") is not None:
+        return
+    if is_sweep and (folder / "multirun.yaml").exists():
+        raise UserError(f"{folder}: holds a sweep already; give another hydra.sweep.dir=..., or go on with ckpt=last")
+    if not is_sweep and any((folder / name).exists() for name in MADE_BY_A_RUN):
+        raise UserError(f"{folder}: holds a run already; give this one a name=..., or go on with ckpt=last")

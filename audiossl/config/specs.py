@@ -1,0 +1,68 @@
+"""Which config does each command take?
+
+One `Spec` a command: what builds each section of its YAML, and the few keys that mean more to us than to the callable.
+Nothing is imported here; `settings.check` reads the signatures.
+"""
+
+from __future__ import annotations
+
+from audiossl.config.fields import Spec
+
+PRETRAIN = Spec(
+    sections={
+        "": {
+            "name": "str",
+            "seed": "int",
+            "ckpt": "str | None",
+            "init": "str | None",
+            "trace": "bool",
+            "root": "Any",
+            "run_dir": "str",
+            "validate_every_steps": "int",
+        },
+        "model": None,
+        "frontend": None,
+        "data": "audiossl.shards.ShardData",
+        "optim": "audiossl.optim.OptimSettings",
+        "trainer": "lightning.pytorch.Trainer",
+        "checkpoint": "audiossl.checkpointing.Checkpointing",
+        "swa": "audiossl.running.averaging.Averaging",
+        "alarm": "audiossl.running.alarm.CollapseAlarm",
+        "logger": "audiossl.running.loggers.build_loggers",
+        "probe": "audiossl.probing.Probe",
+        "pictures": {"every_steps": "int", "clips": "int"},
+    },
+    code_args={
+        "model": ("frontend", "num_classes"),
+        "data": ("default_rate_hz", "run_dir", "needs_labels"),
+        "optim": ("steps_per_epoch",),
+        "trainer": (
+            "logger",
+            "callbacks",
+            "plugins",
+            "default_root_dir",
+            "enable_checkpointing",
+            "limit_train_batches",
+            "overfit_batches",
+            "fast_dev_run",
+            "reload_dataloaders_every_n_epochs",
+            "check_val_every_n_epoch",
+            "barebones",
+            "val_check_interval",
+            "limit_val_batches",
+            "num_sanity_val_steps",
+            "use_distributed_sampler",
+            "enable_model_summary",
+        ),
+        "checkpoint": ("folder", "provenance"),
+        "swa": ("steps_per_epoch", "max_steps"),
+        "logger": ("run_dir", "name"),
+    },
+    types={
+        "trainer.max_steps": "| None",
+        "trainer.precision": "| Literal['auto']",
+        "probe.shards": "| None",
+    },
+)
+
+SPECS = {"train": PRETRAIN}

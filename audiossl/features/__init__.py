@@ -1,0 +1,1 @@
+"""What is read off an encoder's features."""

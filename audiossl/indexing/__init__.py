@@ -1,0 +1,1 @@
+"""Where each clip lies in which shard, and whether it is still there."""

@@ -1,0 +1,267 @@
+"""How does a clip in a shard become a crop of fixed length?
+
+By one `pread` of its bytes, a seek, and decoding what is needed. A worker knows neither the corpus nor the order: a
+request says where the bytes lie and carries the number its random crop is drawn from, so a crop is the same in any
+process, with any cache, and a worker costs no memory per clip of the corpus.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from audiossl.batch import Batch, Skipped, multi_hot
+from audiossl.errors import UserError
+from audiossl.packing.tarfiles import read_member
+from audiossl.remote.location import RemoteShard
+from audiossl.remote.shardcache import mark_used
+from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
+
+Padding = Literal["cyclic", "zeros"]
+MAX_OPEN_SHARDS = 32
+MARK_SECONDS = 5.0  # how often a shard that is read is marked as used
+SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
+MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
+MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
+MAX_CLIP_BYTES = 2**30  # of encoded audio
+MAX_CACHED_FRAMES = 2**23  # of one clip: a tiny file may decode to hours
+DRAW_BITS = 63  # of a request's `draw`
+
+
+class ClipRequest(NamedTuple):
+    """Say where a clip lies and which crop of it is wanted; `draw` is a 63-bit random number, None for the centre."""
+
+    row: int
+    draw: int | None
+    key: str
+    member: str  # its name in the tar
+    shard: str
+    offset: int
+    size: int
+    num_frames: int  # at rate_hz, as the index has it
+    rate_hz: int
+    extension: str
+    labels: tuple[int, ...] | None = None  # positions in the vocabulary, for a method that needs them
+
+
+class Crop(NamedTuple):
+    """Hold int16 samples (S,), of which `num_samples` are no padding, or the reason why there are none."""
+
+    row: int
+    key: str
+    waveform: np.ndarray | None
+    num_samples: int
+    skipped: Skipped | None
+    labels: tuple[int, ...] | None = None
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Answer a `ClipRequest` with a crop of `crop_samples` at `rate_hz`: mono int16.
+
+    A longer clip is cut where `draw` says, at its own rate; a shorter one is repeated from a random start ("cyclic") or
+    followed by zeros ("zeros"). A clip of another rate is resampled after the cut, by soxr. `cache_bytes` bounds the
+    decoded int16 clips that each process keeps: first come, never evicted, because an epoch meets every clip once and
+    would turn over any cache that forgets. `remote` holds the shards, by name, that have to be downloaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate_hz: int,
+        crop_samples: int,
+        padding: Padding,
+        cache_bytes: int,
+        remote: Mapping[str, RemoteShard] | None = None,
+    ):
+        assert crop_samples > 0 and rate_hz > 0 and cache_bytes >= 0
+        self.rate_hz = rate_hz
+        self.crop_samples = crop_samples
+        self.padding = padding
+        self.cache_bytes = cache_bytes
+        self.remote = remote or {}
+        self._forget()
+
+    def __getitem__(self, request: ClipRequest) -> Crop:
+        try:
+            waveform, num_samples = self._crop(request)
+        except AudioError as error:
+            skipped = Skipped(request.key, request.shard, str(error), request.row)
+            return Crop(request.row, request.key, None, 0, skipped)
+        return Crop(request.row, request.key, waveform, num_samples, None, request.labels)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shards = ShardFiles(self.remote)
+        self._cache: dict[tuple[str, int], np.ndarray] = {}
+        self._room = self.cache_bytes
+        self._complete: set[tuple[str, int]] = set()  # clips whose end proved to be there
+
+    def _crop(self, request: ClipRequest) -> tuple[np.ndarray, int]:
+        available = request.num_frames
+        wanted = min(available, self._frames_wanted(request.rate_hz))
+        start = _scaled(request.draw, available - wanted + 1)
+        waveform = self._frames(request, start, wanted)
+        if request.rate_hz != self.rate_hz:
+            resampled = resample(waveform.astype(np.float32) / 32768, request.rate_hz, self.rate_hz)
+            waveform = to_int16(resampled)
+        waveform = waveform[: self.crop_samples]
+        if len(waveform) == self.crop_samples:
+            return waveform, self.crop_samples
+        if len(waveform) == 0:
+            raise AudioError(f"no samples left at {self.rate_hz} Hz")
+        if self.padding == "zeros":
+            return np.pad(waveform, (0, self.crop_samples - len(waveform))), len(waveform)
+        first = _scaled(request.draw, len(waveform)) if request.draw is not None else 0
+        return waveform[(first + np.arange(self.crop_samples)) % len(waveform)], self.crop_samples
+
+    def _frames_wanted(self, rate_hz: int) -> int:
+        if rate_hz == self.rate_hz:
+            return self.crop_samples
+        return math.ceil(self.crop_samples * rate_hz / self.rate_hz) + 1  # resampling may round down
+
+    def _frames(self, request: ClipRequest, start: int, wanted: int) -> np.ndarray:
+        """Decode frames [start, start + wanted) as int16, from the cache where the whole clip fits into it."""
+        place = (request.shard, request.offset)
+        if place in self._cache:
+            return self._cache[place][start : start + wanted]
+        data = self._data(request)
+        if 2 * request.num_frames <= self._room and (whole := _whole(data, request)) is not None:
+            self._cache[place] = whole
+            self._room -= whole.nbytes
+            return whole[start : start + wanted]
+        waveform = _piece(data, start, wanted, request)
+        if place not in self._complete:
+            _refuse_cut(data, request)
+            self._complete.add(place)
+        return waveform
+
+    def _data(self, request: ClipRequest) -> bytes:
+        """Read a clip's bytes together with the tar header before them, which has to bear the clip's name."""
+        if request.size > MAX_CLIP_BYTES:
+            raise AudioError(f"{request.size} bytes, more than the limit of {MAX_CLIP_BYTES}")
+        return read_member(partial(self._shards.read, request.shard), request.member, request.offset, request.size)
+
+
+def _whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
+    """Decode a clip to keep it; None for a damaged one, because damage outside the crop must not count only here."""
+    if _is_long(request) or request.num_frames > MAX_CACHED_FRAMES:
+        return None
+    try:
+        return _decoded(data, 0, request.num_frames, request)
+    except AudioError:
+        return None
+
+
+def _piece(data: bytes, start: int, num_frames: int, request: ClipRequest) -> np.ndarray:
+    """Decode some frames, equal to the same frames of the whole clip.
+
+    libsndfile (1.2.2) seeks exactly in FLAC and PCM; in Ogg and MP3 it may come out elsewhere, so what lies before the
+    crop is decoded too. Long clips of those are never cached, and their crops may lie elsewhere, but always there.
+    """
+    if start == 0 or request.extension in SEEKS_EXACTLY:
+        return _decoded(data, start, num_frames, request)
+    if _is_long(request):
+        try:
+            return _decoded(data, start, num_frames, request)
+        except AudioError:  # the wrong place may lie too near to the end
+            return _decoded(data, 0, start + num_frames, request)[start:]
+    return _decoded(data, 0, start + num_frames, request)[start:]
+
+
+def _is_long(request: ClipRequest) -> bool:
+    return request.extension not in SEEKS_EXACTLY and request.num_frames > MAX_SKIP_SECONDS * request.rate_hz
+
+
+def _refuse_cut(data: bytes, request: ClipRequest) -> None:
+    """Find the cut of a clip whose crop lay before it: a clip is bad whatever its crop."""
+    if request.extension in SEEKS_EXACTLY:
+        _decoded(data, request.num_frames - 1, 1, request)
+    elif (announced := probe(data).num_frames) < request.num_frames - MP3_SLACK_FRAMES:
+        raise AudioError(f"cut: {announced} of {request.num_frames} frames")
+
+
+def _decoded(data: bytes, start: int, num_frames: int, request: ClipRequest) -> np.ndarray:
+    waveform, rate_hz = decode(data, start, num_frames)
+    if rate_hz != request.rate_hz:
+        raise AudioError(f"has {rate_hz} Hz where the index says {request.rate_hz} Hz")
+    return to_int16(waveform)
+
+
+def _scaled(draw: int | None, choices: int) -> int:
+    """Pick one of `choices` by a 63-bit number, the middle one without."""
+    return (choices - 1) // 2 if draw is None else draw * choices >> DRAW_BITS
+
+
+class ShardFiles:
+    """Read bytes of shards, keeping the files used last open; those in `remote`, by name, are downloaded when absent.
+
+    `pread` moves no shared position, so processes that inherited a descriptor do not disturb each other.
+    """
+
+    def __init__(self, remote: Mapping[str, RemoteShard] | None = None):
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._remote = remote or {}
+        self._marked: dict[str, float] = {}
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Read `size` bytes at `offset`; raise AudioError where the shard ends early, UserError where it is gone."""
+        try:
+            data = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise UserError(f"shard {shard} cannot be read: {error.strerror}; bring it back and resume") from error
+        if len(data) < size:
+            raise AudioError(f"its shard ends at byte {offset + len(data)} of the {offset + size} that the index says")
+        return data
+
+    def _descriptor(self, shard: str) -> int:
+        if shard not in self._open:
+            self._close_evicted()
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = self._remote[shard].open() if shard in self._remote else os.open(shard, os.O_RDONLY)
+        self._open.move_to_end(shard)
+        if shard in self._remote and time.monotonic() > self._marked.get(shard, 0) + MARK_SECONDS:
+            mark_used(self._open[shard])
+            self._marked[shard] = time.monotonic()
+        return self._open[shard]
+
+    def _close_evicted(self) -> None:
+        """Close what the cache has let go, so that its room becomes free."""
+        for shard in [name for name in self._open if name in self._remote]:
+            if os.fstat(self._open[shard]).st_nlink == 0:
+                os.close(self._open.pop(shard))
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None) -> Batch:
+    """Stack what could be read, (B, crop_samples) int16; B is smaller, at worst 0, where clips were skipped.
+
+    With `num_classes` every crop has labels and the batch a `target`, float32 (B, num_classes): 1 for each of a clip's.
+    """
+    good = [crop for crop in crops if crop.waveform is not None]
+    waveform = np.stack([crop.waveform for crop in good]) if good else np.zeros((0, crop_samples), np.int16)
+    return Batch(
+        waveform=torch.from_numpy(waveform),
+        num_samples=torch.tensor([crop.num_samples for crop in good], dtype=torch.int64),
+        rows=torch.tensor([crop.row for crop in good], dtype=torch.int64),
+        key=[crop.key for crop in good],
+        target=None if num_classes is None else multi_hot([crop.labels for crop in good], num_classes),
+        skipped=[crop.skipped for crop in crops if crop.skipped is not None],
+    )

@@ -1,0 +1,1 @@
+"""What a data passport counts, measures, compares and shows."""

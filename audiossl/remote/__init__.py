@@ -1,0 +1,1 @@
+"""Shards on other machines, over https and s3."""

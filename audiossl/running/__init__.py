@@ -1,0 +1,1 @@
+"""What a run of any method needs around its training step."""

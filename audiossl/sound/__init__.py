@@ -1,0 +1,1 @@
+"""From a file to a waveform to a log-mel spectrogram, and back."""
