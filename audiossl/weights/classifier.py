@@ -7,11 +7,9 @@ is read from there, from a run's folder, or from the ATST authors' fine-tuned fi
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from audiossl.config.settings import instantiate
@@ -19,7 +17,7 @@ from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.weights.atst import PATCH, import_finetuned
-from audiossl.weights.export import describe, read_export
+from audiossl.weights.export import describe, read_export, write_safetensors
 
 CLIP_FRAMES, FRAME_FRAMES = 601, 1001  # that the authors fine-tuned with
 
@@ -28,10 +26,7 @@ def export_classifier(method: nn.Module, config: dict[str, Any], vocabulary: lis
     """Write `method.encoder` and `method.head` to `path` (.safetensors), atomically."""
     parts = {"encoder": method.encoder, "head": method.head}
     weights = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    text = json.dumps(describe(method, config, vocabulary))
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, part, metadata={"description": text})
-    os.replace(part, path)
+    write_safetensors(weights, path, json.dumps(describe(method, config, vocabulary)))
 
 
 def load_classifier(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from audiossl.config.settings import instantiate
@@ -50,13 +50,18 @@ def export_encoder(
     `vocabulary` names the classes that the method was trained on, if it was.
     """
     text = json.dumps(describe(method, config, vocabulary), indent=2)
-    weights = {k: v.detach().cpu().contiguous() for k, v in method.encoder.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(weights, part, metadata={"description": text})
-    os.replace(part, path)
+    write_safetensors(method.encoder.state_dict(), path, text)
     part = path.with_suffix(".json.part")
     part.write_text(text + "\n")
     os.replace(part, path.with_suffix(".json"))
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path, description: str) -> None:
+    """Write tensors and a description to `path`, atomically, readable by whom the user's umask lets."""
+    part = path.with_name(path.name + ".part")
+    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    part.write_bytes(save(plain, metadata={"description": description}))  # save_file would keep it to the user alone
+    os.replace(part, path)
 
 
 def describe(method: nn.Module, config: dict[str, Any], vocabulary: list[str] | None) -> dict[str, Any]:
