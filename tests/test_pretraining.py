@@ -1,5 +1,7 @@
 """The LightningModule: a bare Trainer suffices, noise belongs to the global batch, and NaN never reaches a weight."""
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,6 +9,7 @@ import yaml
 from conftest import ROOT
 from maes import PLAIN, audiomae
 from maes import TINY as SIZES
+from methods import build
 from tiny_shards import EVERY_CLIP_ONCE, NO_DAMAGE
 
 from audiossl.batch import Batch
@@ -15,6 +18,7 @@ from audiossl.noise import Noise
 from audiossl.optim import OptimSettings
 from audiossl.pretraining import NonFiniteError, Pretraining
 from audiossl.running.callbacks import Forensics, Throughput
+from audiossl.schedules import momentum_at
 from audiossl.shards import ShardData
 from audiossl.spectrogram import PasstMel
 
@@ -153,3 +157,33 @@ def test_the_front_ends_own_noise_is_drawn_in_training_and_only_there():
         for step in range(2):
             method(batch, generator=Noise.for_batch(0, step, 2))
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+
+
+class Watch(pl.Callback):
+    """Note one weight of the student and of its teacher after each micro-batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        parts = module.method.student, module.method.teacher
+        self.seen.append([part.projector[0].weight.detach().clone() for part in parts])
+
+
+def test_a_teacher_moves_once_per_optimiser_step_however_many_micro_batches():
+    data, watch, method = demo_data(2), Watch(), build("atst_clip", momentum=0.9)
+    start = method.teacher.projector[0].weight.clone()
+    sizes = dict(max_steps=2, batch_size=2, waveform_rate_hz=data.rate_hz)
+    module = Pretraining(method, optim=replace(OPTIM, warmup_steps=0), seed=3, **sizes)
+    crops = dict(
+        rank=0, world_size=1, accumulate=3, start_step=0, max_steps=2, seed=3, crop_samples=method.crop_samples
+    )
+    trainer = pl.Trainer(max_steps=2, accumulate_grad_batches=3, callbacks=[watch], **QUIET)
+    trainer.fit(module, data.train_loader(**crops))
+    assert len(watch.seen) == 6
+    teachers = [start, *(teacher for _, teacher in watch.seen)]
+    assert [not torch.equal(a, b) for a, b in zip(teachers, teachers[1:], strict=False)] == [False, False, True] * 2
+    for step, last in enumerate((2, 5)):
+        student, teacher = watch.seen[last]
+        expected = torch.lerp(student, teachers[last], momentum_at(step, 0.9, 2))
+        torch.testing.assert_close(teacher, expected, rtol=0, atol=1e-7)
