@@ -109,6 +109,8 @@ def main(args: argparse.Namespace) -> int:
 
     _check_audio(args.file, args.start, args.seconds)
     method, _ = load_method(args.checkpoint)
+    if not hasattr(method, "reconstruct"):
+        raise UserError(f"{args.checkpoint}: {type(method).__name__} fills no gaps; give an Audio-MAE run")
     masking = _masking(method, args.mask, args.ratio)
     waveform, length = _read(args.file, args.start, args.seconds, method.frontend)
     clips = [(args.file.stem, waveform)]

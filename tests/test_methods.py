@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import soundfile
 import torch
 from commands import kill_when, start, train
 from conftest import ROOT
@@ -10,6 +11,8 @@ from maes import real_clips
 from methods import batch_of, build, compose_for, settings_of
 from test_resume import column
 
+from audiossl import load
+from audiossl.__main__ import main
 from audiossl.noise import Noise
 from audiossl.optim import parameter_groups
 from audiossl.running.build import method_from_config
@@ -91,7 +94,7 @@ def test_a_batch_without_a_readable_clip_costs_nothing(method, clips):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tmp_path):
+def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tmp_path, capsys):
     arguments = [
         *settings_of(name),
         "data.batch_size=4",
@@ -118,6 +121,17 @@ def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tm
         assert torch.equal(value, second["state_dict"][key]), key
     assert column(runs[0], "loss") == column(runs[1], "loss") and len(column(runs[0], "loss")) == 8
     assert (runs[0] / "trace.csv").read_text() == (runs[1] / "trace.csv").read_text()
+    check_leftovers(name, runs[0], tmp_path, capsys)
+
+
+def check_leftovers(name, run, folder, capsys):
+    """What a run leaves loads again: its encoder, and its method, which fills gaps or says that it does not."""
+    tokens = load(run)(torch.zeros(2, 16000), rate_hz=16000)
+    assert tokens.shape[0] == 2 and tokens.isfinite().all()
+    soundfile.write(folder / "clip.wav", real_clips(1, 2.0)[0].numpy(), 16000)
+    code = main(["reconstruct", str(folder / "clip.wav"), "--checkpoint", str(run), "--out", str(folder)])
+    assert code == (0 if name == "audiomae" else 2)
+    assert name == "audiomae" or "fills no gaps; give an Audio-MAE run" in capsys.readouterr().err
 
 
 # as counted in the published files, less what has no effect there: mask token, Frame's class position, head_dist
