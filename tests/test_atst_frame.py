@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from atsts import Golden, check_steps
+from atsts import Golden, check_steps, large_cases
 from conftest import golden_cases
 
-TRAINED = golden_cases("atst_frame_train*") + golden_cases("atst_frame_asym*")
+TRAINED = golden_cases("atst_frame_train*") + large_cases("atst_frame_asym*")
 
 
 @pytest.fixture(params=TRAINED)

@@ -1,6 +1,7 @@
 """Does Audio-MAE keep its promises where the published code has no numbers?"""
 
 import math
+from collections import ChainMap
 
 import numpy as np
 import pytest
@@ -203,7 +204,9 @@ def test_sizes_that_do_not_fit_are_named(changes, said):
 
 @pytest.mark.parametrize("size", sorted((ROOT / "conf/size").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_size_builds(size):
-    settings = yaml.safe_load((ROOT / "conf/model/audiomae.yaml").read_text()) | yaml.safe_load(size.read_text())
+    own = ROOT / "conf" / "model_size" / f"audiomae_{size.stem}.yaml"
+    files = [ROOT / "conf/model/audiomae.yaml", size, *([own] if own.exists() else [])]
+    settings = dict(ChainMap(*(yaml.safe_load(file.read_text()) for file in reversed(files))))
     del settings["_target_"]
     with torch.device("meta"):
         model = AudioMAE(frontend=kaldi_fbank(1024), **settings)

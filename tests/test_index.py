@@ -59,7 +59,7 @@ def test_the_demo_set_has_three_kinds_and_balanced_folds_and_nothing_non_commerc
         for split, folds in (("train", [1, 2, 3]), ("test", [4, 5]))
     ]
     assert counts == [[9] * 10, [6] * 10]
-    assert sum(path.stat().st_size for path in DEMO.parent.rglob("*") if path.suffix != ".pyc") <= 15_000_000
+    assert sum(path.stat().st_size for path in DEMO.rglob("*")) <= 15_000_000
     sources = (DEMO.parent / "SOURCES.md").read_text()
     assert all(f"/{index.key(i).split('-')[1]}/" in sources for i in index.select(folds=[1, 2, 3, 4, 5]))
 

@@ -152,14 +152,14 @@ class AudioMAE(nn.Module):
         super().__init__()
         if frontend.frames is None:
             raise UserError("frontend.seconds=null: Audio-MAE needs a fixed length, frontend.seconds=10.24 for example")
-        if stride == patch:  # every frame is to be predicted
-            check_tiled("frontend.seconds", "frames", frontend.frames, patch)
         self.frontend = frontend
         self.norm_target = norm_target
         self.masking = Masking(mask, mask_ratio, mask_ratio_time, mask_ratio_frequency)
         shared = dict(mlp_ratio=mlp_ratio, positions=positions)
         cut = dict(num_mels=frontend.num_mels, frames=frontend.frames, patch=(patch, patch), stride=(stride, stride))
         self.encoder = Encoder(**cut, **shared, width=width, depth=depth, num_heads=num_heads, drop_path=drop_path)
+        if stride == patch:  # every frame is to be predicted
+            check_tiled("frontend.seconds", "frames", frontend.frames, patch)
         sizes = dict(encoder_width=width, width=decoder_width, depth=decoder_depth, num_heads=decoder_num_heads)
         local = dict(window=decoder_window, shift=decoder_shift, dropout=decoder_dropout)
         grid = dict(grid=self.encoder.grid, overlapping=stride != patch, num_values=patch * patch)

@@ -85,7 +85,7 @@ def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if "audiossl" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of audiossl's train.py (it holds {', '.join(list(checkpoint)[:5])})")
     config = checkpoint["audiossl"]["config"]
-    method = method_from_config(config, vocabulary=checkpoint["audiossl"]["provenance"].get("vocabulary"))
+    method = method_from_config(config, vocabulary=checkpoint["audiossl"].get("provenance", {}).get("vocabulary"))
     weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
     method.load_state_dict(weights)
     return method.eval(), config
