@@ -52,5 +52,6 @@ def test_a_rank_with_fewer_clips_or_none_learns_what_one_process_learns_of_all(n
             both = torch.stack([rank[name]["loss"] for rank in found]).mean()
             torch.testing.assert_close(both, value, rtol=1e-5, atol=1e-6)
             continue
+        atol = 1e-6 + 1e-4 * float(value.abs().max())  # sums in another order, over values far larger than some entries
         for rank in found:
-            torch.testing.assert_close(rank[name][key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(rank[name][key], value, rtol=1e-3, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
