@@ -1,14 +1,13 @@
 """ATST models and golden cases for the tests."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SHARED
+from goldens import Golden
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
 from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
@@ -39,14 +38,11 @@ PUBLISHED |= dict(
 )
 
 
-class Golden:
-    """Hold one case of the published code: what went in, what came out, how exact it is, and our model of it."""
+class ATSTGolden(Golden):
+    """Hold a case of ATST and our model with its weights."""
 
     def __init__(self, folder: Path, model: str, **changes):
-        self.case = json.loads((folder / "case.json").read_text())
-        self.config = self.case["config"]
-        self.input = load_file(folder / "input.safetensors")
-        self.expected = load_file(folder / "expected.safetensors")
+        super().__init__(folder)
         heads = (self.config.get("arch_replaced_by") or self.config)["num_heads"]
         file = next(path for path in (folder / "official.pth", folder / "official.ckpt") if path.exists())
         weights, geometry = import_pretrained(file, num_heads=heads)
@@ -54,13 +50,8 @@ class Golden:
         self.model = build(model, seconds=10.01, **geometry, **changes)
         self.model.load_state_dict(weights)
 
-    def bound(self, name: str) -> float:
-        """Ten times the published code's own rounding; 1e-5 where it is not said."""
-        stated = self.case.get("tolerance", {}).get(name, 1e-6)
-        return 10 * (stated if isinstance(stated, float) else stated["max_abs_diff_f32_vs_f64"])
 
-
-def train_steps(golden: Golden, loss_of) -> tuple[list[float], list[float]]:
+def train_steps(golden: ATSTGolden, loss_of) -> tuple[list[float], list[float]]:
     """Take the case's optimiser steps as its code did; give each step's loss and gradient norm."""
     said, model = golden.case["schedule"], golden.model.train()
     settings = OptimSettings(**PUBLISHED | dict(lr=said["learning_rate"], warmup_steps=said["warmup_steps"]))
@@ -83,7 +74,7 @@ def train_steps(golden: Golden, loss_of) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def check_steps(golden: Golden, loss_of) -> None:
+def check_steps(golden: ATSTGolden, loss_of) -> None:
     """Compare losses, gradient norms and everything after the case's optimiser steps with the published code's."""
     losses, norms = train_steps(golden, loss_of)
     for loss, norm, theirs in zip(losses, norms, golden.case["per_step"], strict=True):

@@ -1,7 +1,6 @@
 """Audio-MAE models, golden cases and real clips for the tests."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import yaml
 from conftest import ROOT, SHARED
 from einops import rearrange
-from safetensors.torch import load_file
+from goldens import Golden
 
 from audiossl.methods.audiomae import AudioMAE
 from audiossl.sound.audio import resample
@@ -38,25 +37,18 @@ def audiomae(frames: int | None = 128, num_mels: int = 128, **changes) -> AudioM
     return AudioMAE(frontend=kaldi_fbank(frames, num_mels), **(settings | TINY | changes))
 
 
-class Golden:
-    """Hold one case of the published code: what went in, what came out, how exact it is, and our model of it."""
+class MAEGolden(Golden):
+    """Hold a case of Audio-MAE and our model with its weights, in evaluation mode."""
 
     def __init__(self, folder: Path):
-        self.case = json.loads((folder / "case.json").read_text())
-        self.config = config = self.case["config"]
-        self.input = load_file(folder / "input.safetensors")
-        self.expected = load_file(folder / "expected.safetensors")
-        heads = dict(num_heads=config["num_heads"], decoder_num_heads=config["decoder_num_heads"])
+        super().__init__(folder)
+        heads = {key: self.config[key] for key in ("num_heads", "decoder_num_heads")}
         weights, geometry = import_pretrained(folder / "official.pth", **heads)
         frames, num_mels = geometry.pop("frames"), geometry.pop("num_mels")
-        self.model = audiomae(frames, num_mels, **geometry, norm_target=config["norm_pix_loss"])
+        self.model = audiomae(frames, num_mels, **geometry, norm_target=self.config["norm_pix_loss"])
         self.model.load_state_dict(weights)
         self.model.eval()
         self.grid = self.model.encoder.grid
-
-    def bound(self, name: str) -> float:
-        """Ten times the published code's own rounding."""
-        return 10 * self.case["tolerance"][name]["max_abs_diff_f32_vs_f64"]
 
 
 def ours(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """PaSST models and golden cases for the tests."""
 
-import json
 from pathlib import Path
 
 import torch
 import yaml
 from conftest import ROOT
 from frontends import front_end
-from safetensors.torch import load_file
+from goldens import Golden
 
 from audiossl.methods.passt import PaSST
 from audiossl.weights.passt import import_pretrained
@@ -42,27 +41,16 @@ def passt(seconds: float | None = 2.56, *, hop_ms: float = 10, num_classes: int 
     return PaSST(frontend=frontend, num_classes=num_classes, **(settings | short | TINY | changes))
 
 
-class Golden:
-    """Hold one case of the published code: what went in, what came out, and our model with its weights."""
+class PaSSTGolden(Golden):
+    """Hold a case of PaSST and our model with its weights."""
 
     def __init__(self, folder: Path):
-        self.case = json.loads((folder / "case.json").read_text())
-        self.config = config = self.case["config"]
-        self.input = load_file(folder / "input.safetensors")
-        self.expected = load_file(folder / "expected.safetensors")
-        given = dict(num_mels=config["img_size"][0], num_heads=config["num_heads"], stride=tuple(config["stride"]))
-        weights, geometry = import_pretrained(folder / "official.pth", **given)
-        assert geometry.pop("num_mels") == config["img_size"][0]
+        super().__init__(folder)
+        given = dict(num_heads=self.config["num_heads"], num_mels=self.config["img_size"][0])
+        weights, geometry = import_pretrained(folder / "official.pth", stride=tuple(self.config["stride"]), **given)
+        assert geometry.pop("num_mels") == given["num_mels"]
         self.model = passt(seconds=10, **PLAIN | geometry)
         self.model.load_state_dict(weights)
-
-    def bound(self, name: str) -> float:
-        """Ten times the published code's own rounding, or 1e-5 where the case does not tell it."""
-        told = self.case.get("tolerance", {}).get(name)
-        return 1e-5 if told is None else 10 * told["max_abs_diff_f32_vs_f64"]
-
-    def same(self, ours: torch.Tensor, name: str) -> None:
-        torch.testing.assert_close(ours, self.expected[name], rtol=0, atol=self.bound(name))
 
     def same_gradients(self) -> None:
         ours = dict(self.model.named_parameters())

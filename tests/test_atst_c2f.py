@@ -1,11 +1,9 @@
 """Does distillation from Clip to Frame do what the published code does?"""
 
-import json
-
 import pytest
 import torch
 from atsts import large_cases, settings_of
-from safetensors.torch import load_file
+from goldens import Golden
 
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
@@ -16,13 +14,12 @@ from audiossl.weights.classifier import export_classifier, load_classifier
 from audiossl.weights.reading import read_torch_file
 
 
-class Golden:
+class C2FGolden(Golden):
     """Hold a case, and our method with its weights and with its teacher read from a file as users have it."""
 
     def __init__(self, folder, tmp_path):
-        self.case = json.loads((folder / "case.json").read_text())
-        self.input, self.expected = (load_file(folder / f"{name}.safetensors") for name in ("input", "expected"))
-        config, state = self.case["config"], read_torch_file(folder / "official.ckpt")["state_dict"]
+        super().__init__(folder)
+        config, state = self.config, read_torch_file(folder / "official.ckpt")["state_dict"]
         state = {key.removeprefix("model."): value for key, value in state.items()}
         teacher = tmp_path / "finetuned.ckpt"
         renamed = {
@@ -47,7 +44,7 @@ class Golden:
 
 @pytest.fixture(params=large_cases("atst_c2f_*"))
 def golden(request, tmp_path):
-    return Golden(request.param, tmp_path)
+    return C2FGolden(request.param, tmp_path)
 
 
 def test_what_student_and_teacher_say_equals_the_published_logits(golden):

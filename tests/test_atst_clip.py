@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atsts import Golden, check_steps
+from atsts import ATSTGolden, check_steps
 from conftest import golden_cases
 
 TRAINED = golden_cases("atst_clip_*train*")
@@ -10,7 +10,7 @@ TRAINED = golden_cases("atst_clip_*train*")
 
 @pytest.fixture(scope="module", params=TRAINED)
 def golden(request):
-    return Golden(request.param, "atst_clip")
+    return ATSTGolden(request.param, "atst_clip")
 
 
 def views_of(golden, step: int):
@@ -34,5 +34,5 @@ def test_the_first_steps_features_and_health_equal_the_published_ones(golden):
 
 @pytest.mark.parametrize("case", TRAINED)
 def test_optimiser_steps_end_where_the_published_ones_do(case):
-    golden = Golden(case, "atst_clip")
+    golden = ATSTGolden(case, "atst_clip")
     check_steps(golden, lambda step: golden.model.loss(*views_of(golden, step)))

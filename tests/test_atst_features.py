@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from atsts import Golden, encoder_of, large_cases
+from atsts import ATSTGolden, encoder_of, large_cases
 
 from audiossl.features.chunks import (
     class_token_over_blocks,
@@ -44,7 +44,7 @@ def finetuned(folder, golden):
     return encoder, head
 
 
-def clip_tensor(name: str, golden: Golden, folder):
+def clip_tensor(name: str, golden: ATSTGolden, folder):
     """Make what the tensor `name` of a Clip case holds."""
     encoder, mel, lengths = golden.model.encoder, golden.input["mel"], golden.input["lengths"]
     chunk, short = golden.config["chunk_frames"], golden.expected["len_short"]
@@ -75,7 +75,7 @@ def all_layers(encoder, mel, valid):
     return encoder.encode_layers(encoder.embed(mel), num_layers=len(encoder.blocks), valid=valid)
 
 
-def frame_tensor(name: str, golden: Golden, folder):
+def frame_tensor(name: str, golden: ATSTGolden, folder):
     """Make what the tensor `name` of a Frame case holds."""
     encoder, mel, lengths = golden.model.encoder, golden.input["mel"], golden.input["lengths"]
     depth, longest = len(encoder.blocks), encoder.geometry["frames"]
@@ -99,7 +99,7 @@ def frame_tensor(name: str, golden: Golden, folder):
     return tokens[:, : int(rest[-1].removeprefix("first"))] if rest[-1].startswith("first") else tokens
 
 
-def embedding_tensor(name: str, golden: Golden):
+def embedding_tensor(name: str, golden: ATSTGolden):
     kind, samples = name.split(".")
     encoder, frontend = golden.model.encoder, golden.model.frontend
     frontend.frames = None
@@ -118,7 +118,7 @@ def embedding_tensor(name: str, golden: Golden):
 )
 @torch.no_grad()
 def test_every_published_feature_is_met(folder, model, make):
-    golden = Golden(folder, model)
+    golden = ATSTGolden(folder, model)
     golden.model.eval()
     names = [name for name in golden.expected if name != "len_short"]
     for name in names:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atsts import Golden, check_steps, large_cases
+from atsts import ATSTGolden, check_steps, large_cases
 from conftest import golden_cases
 
 TRAINED = golden_cases("atst_frame_train*") + large_cases("atst_frame_asym*")
@@ -10,7 +10,7 @@ TRAINED = golden_cases("atst_frame_train*") + large_cases("atst_frame_asym*")
 
 @pytest.fixture(params=TRAINED)
 def golden(request):
-    golden = Golden(request.param, "atst_frame")
+    golden = ATSTGolden(request.param, "atst_frame")
     golden.model.symmetric = golden.config["symmetric"]
     return golden
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import golden_cases
 from einops import rearrange
-from maes import PLAIN, Golden, ours, published
+from maes import PLAIN, MAEGolden, ours, published
 
 from audiossl import masking
 from audiossl.masking import take
@@ -22,7 +22,7 @@ DECODERS = [dict(decoder="global"), dict(decoder="local"), dict(decoder="hybrid"
 
 @pytest.fixture(scope="module", params=FORWARD)
 def golden(request):
-    return Golden(request.param)
+    return MAEGolden(request.param)
 
 
 def spectrogram_of(golden, name="x"):
@@ -121,7 +121,7 @@ def test_the_mean_of_late_blocks_equals_the_published_features(golden):
 
 @pytest.mark.parametrize("case", LOCAL)
 def test_windows_see_what_the_published_ones_see(case):
-    golden = Golden(case)
+    golden = MAEGolden(case)
     decoder = golden.model.decoder
     cells = dict(row=4, column=4)
     bias = decoder.blocks[0].attn.bias()
@@ -136,7 +136,7 @@ def test_windows_see_what_the_published_ones_see(case):
 
 @pytest.mark.parametrize("case", LOCAL)
 def test_local_blocks_give_what_the_published_ones_give(case):
-    golden, outputs = Golden(case), {}
+    golden, outputs = MAEGolden(case), {}
     for number, block in enumerate(golden.model.decoder.blocks):
         block.register_forward_hook(lambda _, __, output, number=number: outputs.update({number: output}))
     golden.model.decode(spectrogram_of(golden), keep_of(golden))
@@ -147,7 +147,7 @@ def test_local_blocks_give_what_the_published_ones_give(case):
 
 @pytest.mark.parametrize("case", golden_cases(f"{STEPPED}*"))
 def test_optimiser_steps_end_at_the_published_weights(case):
-    golden = Golden(case)
+    golden = MAEGolden(case)
     model, schedule, told = golden.model.train(), golden.case["schedule"], golden.case["optimizer"]
     optim = dict(lr=schedule["lr"], base_lr=None, min_lr=schedule["min_lr"], warmup_steps=0)
     optim |= PLAIN | dict(warmup_epochs=None, warmup_ratio=None)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import SHARED, golden_cases
-from passts import PLAIN, Golden, passt
+from passts import PLAIN, PaSSTGolden, passt
 from safetensors.torch import load_file
 
 from audiossl.batch import Batch
@@ -35,12 +35,12 @@ EXAMPLE = in_mode("train")[0]
 
 def example():
     """Give the authors' state dict of one case, and its number of heads."""
-    return read_torch_file(EXAMPLE / "official.pth"), Golden(EXAMPLE).config["num_heads"]
+    return read_torch_file(EXAMPLE / "official.pth"), PaSSTGolden(EXAMPLE).config["num_heads"]
 
 
 @pytest.mark.parametrize("folder", in_mode("eval"))
 def test_clips_of_every_length_are_named_as_published(folder):
-    golden = Golden(folder)
+    golden = PaSSTGolden(folder)
     model = golden.model.eval()
     lengths = [int(name.removeprefix("logits.")) for name in golden.expected if name.startswith("logits.")]
     assert lengths
@@ -60,7 +60,7 @@ def test_clips_of_every_length_are_named_as_published(folder):
 
 @pytest.mark.parametrize("folder", in_mode("eval"))
 def test_the_loss_and_its_gradients_are_the_published_ones(folder):
-    golden = Golden(folder)
+    golden = PaSSTGolden(folder)
     (name,) = [name for name in golden.expected if name.startswith("bce_")]
     spectrogram = golden.input["x"][..., : int(name.removeprefix("bce_"))]
     batch = Batch(spectrogram=spectrogram, target=golden.input["labels"])
@@ -72,7 +72,7 @@ def test_the_loss_and_its_gradients_are_the_published_ones(folder):
 
 @pytest.mark.parametrize("folder", in_mode("train"))
 def test_what_patchout_keeps_is_named_as_published(folder):
-    golden = Golden(folder)
+    golden = PaSSTGolden(folder)
     model, expected = golden.model.train(), golden.expected
     spectrogram = golden.input["x"]
     rows, columns = grid_of(*spectrogram.shape[-2:], model.encoder.patch, model.encoder.stride)
@@ -95,7 +95,7 @@ def test_what_patchout_keeps_is_named_as_published(folder):
 
 @pytest.mark.parametrize("folder", in_mode("train"))
 def test_patchout_draws_as_many_as_published(folder):
-    golden = Golden(folder)
+    golden = PaSSTGolden(folder)
     told, (rows, columns) = golden.config, golden.model.encoder.grid
     counts = {"time": "s_patchout_t", "frequency": "s_patchout_f", "random": "u_patchout"}
     ours = {f"patchout_{name}": told.get(theirs, 0) for name, theirs in counts.items()}
@@ -142,7 +142,7 @@ def test_image_positions_become_means_over_columns_and_over_rows():
 
 
 def test_the_authors_file_gives_an_encoder_its_start():
-    golden = Golden(EXAMPLE)
+    golden = PaSSTGolden(EXAMPLE)
     config = golden.config
     sizes = dict(width=config["embed_dim"], depth=config["depth"], num_heads=config["num_heads"])
     stride = dict(stride=config["stride"][0], stride_time=config["stride"][1])
@@ -163,7 +163,7 @@ def test_checkpoints_of_users_are_read_under_any_prefix(prefix, tmp_path):
         state |= {f"net.{key}": torch.zeros_like(value) for key, value in flat.items()}
     torch.save({"state_dict": state, "epoch": 3} if prefix else state, tmp_path / "theirs.ckpt")
     weights, geometry = import_pretrained(tmp_path / "theirs.ckpt", num_heads=num_heads)
-    told = Golden(EXAMPLE).config
+    told = PaSSTGolden(EXAMPLE).config
     assert [geometry["stride"], geometry["stride_time"]] == told["stride"]
     assert geometry["num_classes"] == told["num_classes"] and geometry["depth"] == told["depth"]
     assert torch.equal(weights["head.1.weight"], flat["head.1.weight"])
