@@ -12,7 +12,7 @@ __all__ = ["__version__", "load"]
 def load(path):
     """Load an exported encoder with its front end: a run's folder or an `encoder.safetensors`.
 
-    Returns a module: `audiossl.load("runs/mine")(waveform, rate_hz)` gives tokens (B, 1 + N, D).
+    Returns a `PretrainedEncoder`: `audiossl.load("runs/mine")(waveform, rate_hz)` gives tokens (B, n + N, D).
     """
     from audiossl.weights.export import load_encoder
 

@@ -27,9 +27,9 @@ class Encoder(nn.Module):
 
     `frames` is the longest clip; shorter ones use the first columns of the position table. `patch` and `stride` are
     (mel bands, frames). `num_class_tokens` is 1 for Audio-MAE and ATST-Clip, 0 for ATST-Frame, 2 for PaSST (class and
-    distillation). `drop_path` grows linearly from 0 at the first block to its value at the last. Linear layers start
-    Xavier-uniform; methods that want another start change it. `.geometry` rebuilds an equal encoder:
-    `Encoder(**encoder.geometry)`.
+    distillation). `drop_path` grows linearly from 0 at the first block to its value at the last. `final_norm` is false
+    where the head normalises instead (fine-tuned Audio-MAE). Linear layers start Xavier-uniform; methods that want
+    another start change it. `.geometry` rebuilds an equal encoder: `Encoder(**encoder.geometry)`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Encoder(nn.Module):
         drop_path: float,
         qkv_bias: bool = True,  # the defaults are for encoders exported before there was a choice
         num_class_tokens: int = 1,
+        final_norm: bool = True,
     ):
         super().__init__()
         patch, stride = tuple(patch), tuple(stride)
@@ -65,6 +66,7 @@ class Encoder(nn.Module):
             drop_path=drop_path,
             qkv_bias=qkv_bias,
             num_class_tokens=num_class_tokens,
+            final_norm=final_norm,
         )
         self.patch_embed = PatchEmbed(patch=patch, stride=stride, width=width)
         table = dict(grid=self.grid, width=width, num_class_tokens=num_class_tokens)
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         sizes = dict(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias)
         self.blocks = nn.ModuleList(vit_block(**sizes, drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else nn.Identity()
         self.apply(init_linear)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)

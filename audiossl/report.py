@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from audiossl.plots import loss_figure
 from audiossl.probing import ProbeCallback
 from audiossl.reconstruct import write_reconstructions
 from audiossl.running.classscores import ClassScores
-from audiossl.weights.classifier import export_classifier
 from audiossl.weights.export import export_encoder
 
 
@@ -70,11 +70,9 @@ def finish(
 
     Returns what goes into `results.json`.
     """
-    export_encoder(method, config, run_dir / "encoder.safetensors", vocabulary=vocabulary)
-    for name, averaged in averages.items():
-        export_encoder(averaged, config, run_dir / f"encoder_{name}.safetensors", vocabulary=vocabulary)
-    if vocabulary is not None and hasattr(method, "head"):
-        export_classifier(method, config, vocabulary, run_dir / "classifier.safetensors")
+    about = dict(vocabulary=vocabulary, provenance=json.loads((run_dir / "provenance.json").read_text()))
+    for name, exported in {"encoder": method, **{f"encoder_{name}": m for name, m in averages.items()}}.items():
+        export_encoder(exported, config, run_dir / f"{name}.safetensors", **about)
     if clips and hasattr(method, "reconstruct"):
         write_reconstructions(method, clips, run_dir, seed=config["seed"])
     steps, loss, validation = read_losses(run_dir / "metrics.csv")
@@ -123,9 +121,8 @@ def read_losses(path: Path) -> tuple[list[int], list[float], list[tuple[int, flo
 
 FILES = (
     ("checkpoints/last.ckpt", "the whole training state; ckpt=last goes on from here"),
-    ("encoder.safetensors", "the encoder alone, for audiossl.load(), with encoder.json"),
+    ("encoder.safetensors", "the encoder, and its head if it has one, for audiossl.load(); encoder.json describes it"),
     ("encoder_swa.safetensors", "the same with weights averaged over training (swa.start)"),
-    ("classifier.safetensors", "encoder and head, with the names of the classes"),
     ("reconstruction.png", "original, masked, reconstructed"),
     ("reconstruction.wav", "original, then reconstruction (Griffin-Lim)"),
     ("loss.png", "training and validation loss"),

@@ -129,7 +129,7 @@ def build(folder: Path, out: Path) -> None:
 
 TEACHER = """\
 `clip_teacher.safetensors`, the default teacher of `model=atst_c2f` here, is a Clip of 0.3 M parameters trained on the
-labels of folds 1 to 3 (mAP .65 on folds 4 and 5); it is what this command leaves as classifier.safetensors:
+labels of folds 1 to 3 (mAP .65 on folds 4 and 5); it is what this command leaves as encoder.safetensors:
 
     python train.py model=atst_c2f model.student=clip model.teacher=null model.distill_weight=0 trainer.max_steps=400
         model.width=96 model.depth=2 model.num_heads=3 data.shards=demo/shards name=clip_teacher""".splitlines()

@@ -23,6 +23,11 @@ PLAIN = dict(  # nothing is drawn
     spectrogram_mixup_alpha=None,
 )
 TITLES = {  # of what has another name in the authors' files
+    **{
+        f"head.{n}.{kind}": lambda model, part=part, kind=kind: model.head.get_submodule(part).get_parameter(kind).grad
+        for n, part in enumerate(("norm", "linear"))
+        for kind in ("weight", "bias")
+    },
     "cls_token": lambda model: model.encoder.class_token.grad[:, 0],
     "dist_token": lambda model: model.encoder.class_token.grad[:, 1],
     "new_pos_embed": lambda model: model.encoder.positions.class_table.grad,
@@ -55,6 +60,5 @@ class PaSSTGolden(Golden):
     def same_gradients(self) -> None:
         ours = dict(self.model.named_parameters())
         for name, theirs in self.case["grad_norms"].items():
-            known = "" if name.startswith("head.") else "encoder."
-            gradient = TITLES[name](self.model) if name in TITLES else ours[known + name].grad
+            gradient = TITLES[name](self.model) if name in TITLES else ours[f"encoder.{name}"].grad
             assert abs(float(gradient.norm()) - theirs) <= 1e-5 + 1e-4 * theirs, name

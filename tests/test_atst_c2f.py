@@ -10,7 +10,8 @@ from audiossl.errors import UserError
 from audiossl.methods.atst_c2f import features_of
 from audiossl.running.build import method_from_config
 from audiossl.weights.atst import import_encoder, with_prefix
-from audiossl.weights.classifier import export_classifier, load_classifier
+from audiossl.weights.classifier import load_classifier
+from audiossl.weights.export import export_encoder
 from audiossl.weights.reading import read_torch_file
 
 
@@ -103,7 +104,7 @@ def test_an_exported_classifier_teaches_as_it_was(tmp_path):
     config["model"] |= dict(width=24, depth=2, num_heads=2, student="clip", teacher=None, distill_weight=0.0)
     names = ["cat", "dog", "rain"]
     clip = method_from_config(config, vocabulary=names).eval()
-    export_classifier(clip, config, names, tmp_path / "classifier.safetensors")
+    export_encoder(clip, config, tmp_path / "encoder.safetensors", vocabulary=names)
     teacher, frames, _ = load_classifier(str(tmp_path), num_classes=3)
     assert frames == clip.frontend.frames
     for name, value in clip.encoder.state_dict().items():

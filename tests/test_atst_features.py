@@ -38,7 +38,7 @@ def stretched(encoder, mel):
 def finetuned(folder, golden):
     state, head_state, geometry = import_finetuned(folder / "finetuned.ckpt", num_heads=golden.config["num_heads"])
     classes, width = head_state["linear.weight"].shape
-    encoder, head = encoder_of(geometry), LinearHead(width, classes).eval()
+    encoder, head = encoder_of(geometry), LinearHead(width, classes, pooling="mean").eval()
     encoder.load_state_dict(state)
     head.load_state_dict(head_state)
     return encoder, head

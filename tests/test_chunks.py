@@ -81,7 +81,7 @@ def test_the_published_mean_of_a_chunk_is_too_small_by_what_follows_it():
 def test_a_classifier_can_be_trained_through_it(num_class_tokens, describe):
     model = encoder(num_class_tokens)
     features = describe(model, spectrogram(130), [130, 0])
-    LinearHead(features.shape[1], 5)(features).square().sum().backward()
+    LinearHead(features.shape[1], 5, pooling="mean")(features).square().sum().backward()
     norms = {name: float(p.grad.norm()) for name, p in model.named_parameters()}
     assert all(torch.tensor(list(norms.values())).isfinite()) and norms["patch_embed.proj.weight"] > 0
 
@@ -132,7 +132,10 @@ def test_stretched_positions_keep_their_course():
 
 
 def test_a_linear_head_standardises_what_it_is_given():
-    head, features = LinearHead(6, 3), 100 + 50 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    head, features = (
+        LinearHead(6, 3, pooling="mean"),
+        100 + 50 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0)),
+    )
     names = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "linear.weight", "linear.bias"}
     assert set(head.state_dict()) == names and not head.linear.bias.any()
     head.linear.weight.data = torch.eye(6)[:3]
@@ -157,7 +160,7 @@ def published_state(model: Encoder, head: LinearHead) -> dict[str, torch.Tensor]
 
 
 def test_a_fine_tuned_file_comes_in_whole_or_is_refused(tmp_path):
-    model, head = encoder(1), LinearHead(48, 5)
+    model, head = encoder(1), LinearHead(48, 5, pooling="class+mean")
     state = published_state(model, head)
     torch.save({"state_dict": state}, tmp_path / "tuned.ckpt")
     found, found_head, geometry = import_finetuned(tmp_path / "tuned.ckpt", num_heads=2)

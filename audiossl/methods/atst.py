@@ -63,6 +63,8 @@ class TeacherStudent(nn.Module):
     `projection_width` what comes out.
     """
 
+    mask_padding = True  # downstream, as published
+
     def __init__(
         self,
         *,

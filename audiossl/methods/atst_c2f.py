@@ -41,7 +41,7 @@ class ATSTC2F(nn.Module):
 
     The loss is `distill_weight` (lambda) x BCE against the teacher's probabilities + the rest x BCE against
     `batch.target` (B, num_classes). With `project` what is distilled goes through a projector and a head of its own.
-    `teacher` is a run's folder, its classifier.safetensors or the authors' fine-tuned file; null needs a weight of 0,
+    `teacher` is a run's folder, its encoder.safetensors or the authors' fine-tuned file; null needs a weight of 0,
     which is plain fine-tuning and makes the teachers of others. `teacher_mode`: published keeps its batch statistics
     and drop path alive, corrected evaluates it. `teacher_chunk_frames` null: as long as it was trained with;
     `teacher_num_heads` is for an authors' file of an unpublished width.
@@ -49,7 +49,7 @@ class ATSTC2F(nn.Module):
     Raises `UserError` for a teacher that is missing or of another number of classes.
     """
 
-    needs_labels = True
+    needs_labels, mask_padding = True, True
 
     def __init__(
         self,
@@ -85,13 +85,13 @@ class ATSTC2F(nn.Module):
         cut = dict(patch=tuple(patch), stride=tuple(stride), drop_path=drop_path)
         self.frontend, self.distill_weight, self.teacher_mode = frontend, distill_weight, teacher_mode
         self.encoder = atst_encoder(frontend, position_frames, num_class_tokens=int(student == "clip"), **sizes, **cut)
-        num_features = width * (2 if student == "clip" else 1)
-        self.head = LinearHead(num_features, num_classes)
+        num_features, pooling = (2 * width, "class+mean") if student == "clip" else (width, "mean")
+        self.head = LinearHead(num_features, num_classes, pooling=pooling)
         self.tokens_per_clip = self.encoder.grid[0] * (frontend.frames // self.encoder.stride[1])
         self.projector = self.distill_head = None
         if project:
             self.projector = projection_head(num_features, projector_width, num_features)
-            self.distill_head = LinearHead(num_features, num_classes)
+            self.distill_head = LinearHead(num_features, num_classes, pooling=pooling)
         self.teacher, self.chunk_frames, self.teacher_description = None, teacher_chunk_frames, {}
         if teacher is not None:
             self.teacher, trained_frames, self.teacher_description = load_classifier(

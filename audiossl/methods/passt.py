@@ -19,6 +19,7 @@ from audiossl.augment import SpectrogramAugmentation, WaveformAugmentation
 from audiossl.batch import Batch
 from audiossl.encoder import Encoder, init_truncated_normal
 from audiossl.errors import UserError
+from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.masking import keep_cells, smallest
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
@@ -126,7 +127,7 @@ class PaSST(nn.Module):
         sizes = dict(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
         tokens = dict(positions="time+frequency", num_class_tokens=2 if distilled else 1, qkv_bias=True)
         self.encoder = Encoder(**cut, **sizes, **tokens)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+        self.head = LinearHead(width, num_classes, pooling="class", norm="layer")
         self.apply(init_truncated_normal)
         heard = frames if frontend.frames is None else min(frontend.frames, frames)
         grid = grid_of(frontend.num_mels, heard, self.encoder.patch, self.encoder.stride)
@@ -164,7 +165,7 @@ class PaSST(nn.Module):
         """Describe (B, 1, F, T) by the mean of its class tokens: (B, D); `keep` (B, K) as for the encoder."""
         tokens = self.encoder.embed(self.cut(spectrogram))
         encoded = self.encoder.encode(tokens, keep, first_column=first_column)
-        return encoded[:, : self.encoder.num_class_tokens].mean(1)
+        return pool_tokens(encoded, self.head.pooling, self.encoder.num_class_tokens)
 
     def classify(self, spectrogram: Tensor, keep: Tensor | None = None, first_column: int = 0) -> Tensor:
         """Turn (B, 1, F, T) into logits (B, num_classes)."""

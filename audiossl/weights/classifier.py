@@ -1,60 +1,50 @@
-"""How does a trained classifier travel, and how does it become a teacher?
+"""How does a trained classifier become a teacher?
 
-`classifier.safetensors` holds encoder and head, with the description of `encoder.safetensors` in its header. A teacher
-is read from there, from a run's folder, or from the ATST authors' fine-tuned file.
+From an export with a head (a run's folder, its encoder.safetensors), or from the ATST authors' fine-tuned file.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.weights.atst import PATCH, import_finetuned
-from audiossl.weights.export import describe, read_export, write_safetensors
+from audiossl.weights.export import load_encoder
 
 CLIP_FRAMES, FRAME_FRAMES = 601, 1001  # that the authors fine-tuned with
-
-
-def export_classifier(method: nn.Module, config: dict[str, Any], vocabulary: list[str], path: Path) -> None:
-    """Write `method.encoder` and `method.head` to `path` (.safetensors), atomically."""
-    parts = {"encoder": method.encoder, "head": method.head}
-    weights = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    write_safetensors(weights, path, json.dumps(describe(method, config, vocabulary)))
 
 
 def load_classifier(
     source: str, *, num_classes: int, num_heads: int | None = None
 ) -> tuple[nn.ModuleDict, int, dict[str, Any]]:
-    """Load `encoder` and `head` (`LinearHead`) of a fine-tuned ATST, the frames it was trained with, its description.
+    """Load `encoder` and `head` of a fine-tuned ATST, the frames it was trained with, its description.
 
     Raises `UserError` for what is no such classifier, and for one of another number of classes.
     """
     path = Path(source)
-    path = path / "classifier.safetensors" if path.is_dir() else path
     if not path.exists():
-        raise UserError(f"model.teacher={source}: there is no {path}; give a run's folder, its classifier or a .ckpt")
-    if path.suffix == ".safetensors":
-        description, weights = read_export(path)
-        geometry, frames = description["geometry"], instantiate(description["frontend"]).frames
-        if "head.linear.weight" not in weights:
-            raise UserError(f"model.teacher={source}: holds no ATST classifier, only {', '.join(sorted(weights)[:3])}")
+        raise UserError(f"model.teacher={source}: no such file; give a run's folder, its export or a .ckpt")
+    if path.is_dir() or path.suffix == ".safetensors":
+        model = load_encoder(path)
+        if model.head is None or model.encoder.geometry["positions"] != "learned":
+            raise UserError(f"model.teacher={source}: holds no ATST classifier, only an encoder or another method's")
+        encoder, head, frames, description = model.encoder, model.head, model.frontend.frames, model.description
     else:
-        description = {}
-        encoder, head, sizes = import_finetuned(path, num_heads=num_heads)
-        weights = {f"encoder.{k}": v for k, v in encoder.items()} | {f"head.{k}": v for k, v in head.items()}
+        weights, head_weights, sizes = import_finetuned(path, num_heads=num_heads)
         frames = CLIP_FRAMES if sizes["num_class_tokens"] else FRAME_FRAMES
-        geometry = dict(num_mels=PATCH[0], frames=sizes.pop("position_frames"), positions="learned", drop_path=0.0)
-        geometry |= sizes
-    classes, width = weights["head.linear.weight"].shape
-    if classes != num_classes:
-        raise UserError(f"model.teacher={source}: names {classes} classes, the shards have {num_classes}")
-    teacher = nn.ModuleDict({"encoder": Encoder(**geometry), "head": LinearHead(width, classes)})
-    teacher.load_state_dict(weights)
-    return teacher, frames, description
+        places = dict(num_mels=PATCH[0], frames=sizes.pop("position_frames"), positions="learned")
+        encoder, description = Encoder(**places, drop_path=0.0, **sizes), {}
+        encoder.load_state_dict(weights)
+        classes, width = head_weights["linear.weight"].shape
+        head = LinearHead(width, classes, pooling="class+mean" if sizes["num_class_tokens"] else "mean")
+        head.load_state_dict(head_weights)
+    if head.geometry["num_classes"] != num_classes:
+        raise UserError(
+            f"model.teacher={source}: names {head.geometry['num_classes']} classes, the shards have {num_classes}"
+        )
+    return nn.ModuleDict({"encoder": encoder, "head": head}).train(), frames, description

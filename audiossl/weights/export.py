@@ -1,11 +1,13 @@
-"""What is left of a run for everyone else: the encoder, its front end, and nothing to guess.
+"""What is left of a run for everyone else: the encoder, its front end, its head if it has one, and nothing to guess.
 
-`encoder.safetensors` holds the tensors (no pickle); `encoder.json` beside it, and the same text in the tensors' header,
-says how to build encoder and front end.
+`encoder.safetensors` holds the tensors (no pickle), a head's under `head.*`; its header holds the description: how
+encoder, front end and head are rebuilt, on what they were trained, by which code, under which licence. `encoder.json`
+beside it is the same text for readers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,84 +20,95 @@ from torch import Tensor, nn
 from audiossl.config.settings import instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.spectrogram import resample
+from audiossl.features.classifier import LinearHead
+from audiossl.pretrained import PretrainedEncoder
 from audiossl.version import __version__
 
-FORMAT = 1
-
-
-class LoadedEncoder(nn.Module):
-    """Hold an encoder with the front end it was trained with.
-
-    `model(waveform, rate_hz)` gives tokens (B, 1 + N, D), the class token first, from waveform (B, S) in [-1, 1] at any
-    rate; clips longer than the model's length are cut to it, shorter ones padded as in training. Use
-    `audiossl.probing.clip_features` for clips of any length.
-    """
-
-    def __init__(self, encoder: Encoder, frontend: nn.Module, description: dict[str, Any]):
-        super().__init__()
-        self.encoder = encoder
-        self.frontend = frontend
-        self.description = description
-
-    def forward(self, waveform: Tensor, rate_hz: int) -> Tensor:
-        return self.encoder(self.frontend(resample(waveform, rate_hz, self.frontend.rate_hz)))
+FORMAT = 2  # 1: no head, no hash
 
 
 def export_encoder(
-    method: nn.Module, config: dict[str, Any], path: Path, *, vocabulary: list[str] | None = None
+    method: nn.Module,
+    config: dict[str, Any],
+    path: Path,
+    *,
+    vocabulary: list[str] | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Write `method.encoder` to `path` (.safetensors) and its description to the .json beside it, both atomically.
+    """Write a method's `encoder`, and its `head` if it has one, to `path` (.safetensors).
 
-    `vocabulary` names the classes that the method was trained on, if it was.
+    `vocabulary` names the classes that the method was trained on, if it was; `provenance` is the run's.
     """
-    text = json.dumps(describe(method, config, vocabulary), indent=2)
-    write_safetensors(method.encoder.state_dict(), path, text)
-    part = path.with_suffix(".json.part")
-    part.write_text(text + "\n")
-    os.replace(part, path.with_suffix(".json"))
-
-
-def write_safetensors(weights: dict[str, Tensor], path: Path, description: str) -> None:
-    """Write tensors and a description to `path`, atomically, readable by whom the user's umask lets."""
-    part = path.with_name(path.name + ".part")
-    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    part.write_bytes(save(plain, metadata={"description": description}))  # save_file would keep it to the user alone
-    os.replace(part, path)
-
-
-def describe(method: nn.Module, config: dict[str, Any], vocabulary: list[str] | None) -> dict[str, Any]:
-    """Say how encoder and front end are rebuilt, what they were trained on, and on which classes if on any."""
-    description = {
-        "format": FORMAT,
-        "audiossl": __version__,
+    head = getattr(method, "head", None)
+    description = describe(method.encoder, head, config["frontend"], vocabulary)
+    description |= {
         "method": config["model"]["_target_"],
-        "geometry": method.encoder.geometry,
-        "frontend": config["frontend"],
+        "mask_padding": getattr(method, "mask_padding", False),
         "corpus": {
             "shards": config["data"].get("shards") or config["data"].get("sources"),
             "mean": config["data"]["mean"],
             "std": config["data"]["std"],
         },
+        "licence": (provenance or {}).get("licence"),
+        "provenance": provenance,
     }
-    return description | ({} if vocabulary is None else {"vocabulary": vocabulary})
+    write_export(method.encoder, head, description, path)
 
 
-def load_encoder(path: str | Path) -> LoadedEncoder:
-    """Load what `export_encoder` wrote: the file, or the run's folder; eval mode, on the CPU.
+def describe(
+    encoder: Encoder, head: LinearHead | None, frontend: dict[str, Any], vocabulary: list[str] | None
+) -> dict[str, Any]:
+    """Say how encoder, front end (its settings) and head are rebuilt, and which classes the head knows."""
+    return {
+        "format": FORMAT,
+        "audiossl": __version__,
+        "geometry": encoder.geometry,
+        "frontend": frontend,
+        "frontend_hash": hash_of(frontend),
+        "head": None if head is None else head.geometry,
+    } | ({} if vocabulary is None else {"vocabulary": list(vocabulary)})
 
-    Raises `UserError` when the file is missing or no export of ours.
+
+def hash_of(settings: dict[str, Any]) -> str:
+    """Hash settings, whatever the order of their keys: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_export(encoder: Encoder, head: LinearHead | None, description: dict[str, Any], path: Path) -> None:
+    """Write tensors and description to `path` (.safetensors), and the description to the .json beside it, atomically.
+
+    Readable by whom the user's umask lets.
+    """
+    weights = encoder.state_dict() | ({f"head.{k}": v for k, v in head.state_dict().items()} if head else {})
+    text = json.dumps(description, indent=2)
+    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    for target, content in (
+        (path, save(plain, metadata={"description": text})),  # save_file would keep it to the user alone
+        (path.with_suffix(".json"), (text + "\n").encode()),
+    ):
+        part = target.with_name(target.name + ".part")
+        part.write_bytes(content)
+        os.replace(part, target)
+
+
+def load_encoder(path: str | Path) -> PretrainedEncoder:
+    """Load what `export_encoder` wrote: the file, or the folder it lies in; eval mode, on the CPU.
+
+    Raises `UserError` when the file is missing, no export of ours, or has been tampered with.
     """
     path = Path(path)
     path = path / "encoder.safetensors" if path.is_dir() else path
     description, weights = read_export(path)
-    encoder = Encoder(**description["geometry"])
-    encoder.load_state_dict(weights)
-    return LoadedEncoder(encoder, instantiate(description["frontend"]), description).eval()
+    encoder, head = Encoder(**description["geometry"]), None
+    if description.get("head"):
+        head = LinearHead(**description["head"])
+        head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
+    encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
+    return PretrainedEncoder(encoder, instantiate(description["frontend"]), head, description).eval()
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read description and tensors of an exported encoder."""
+    """Read description and tensors of an exported encoder; refuse a front end that is not the one it was made with."""
     metadata, weights = read_safetensors(path)
     if "description" not in metadata:
         raise UserError(
@@ -105,6 +118,13 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if description["format"] > FORMAT:
         raise UserError(
             f"{path}: written by audiossl {description['audiossl']}, newer than this {__version__}; upgrade"
+        )
+    if description.get("frontend_hash", hash_of(description["frontend"])) != hash_of(description["frontend"]):
+        raise UserError(f"{path}: its front end was changed after the export (another hash); export it again")
+    beside = path.with_suffix(".json")
+    if beside.exists() and json.loads(beside.read_text()) != description:
+        raise UserError(
+            f"{beside}: differs from the header of {path.name}, which alone counts; restore it or delete it"
         )
     return description, weights
 

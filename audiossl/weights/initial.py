@@ -35,7 +35,8 @@ def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], s
     if path.suffix == ".safetensors":
         if _is_timm(tensors := read_safetensors(path)[1]):
             return from_timm(tensors, encoder), f"image weights {path}"
-        return _fit_positions(read_export(path)[1], encoder), f"encoder {path}"
+        own = {k: v for k, v in read_export(path)[1].items() if not k.startswith("head.")}
+        return _fit_positions(own, encoder), f"encoder {path}"
     path = newest_checkpoint(path) if path.is_dir() else path
     checkpoint = read_torch_file(path)
     if "audiossl" in checkpoint:

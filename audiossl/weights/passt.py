@@ -1,7 +1,7 @@
 """How do the PaSST authors' weights become ours?
 
 Their files are flat: tokens and positions beside the blocks. Class and distillation token become one tensor, position
-tables lose their channel-first layout; blocks, patches and head keep their names. A file tells neither its heads nor
+tables lose their channel-first layout; blocks and patches keep their names. A file tells neither its heads nor
 its strides; those of the published family are known. Layout of kkoutini/PaSST (2110.05069).
 """
 
@@ -53,7 +53,13 @@ def import_pretrained(
     left_out = [key for key in theirs if key in LEFT_OUT]
     if left_out:
         log.info("%s: %s left out, which no forward pass uses", name, " and ".join(left_out))
-    return ours | {key: value for key, value in theirs.items() if key.startswith("head.")}, geometry
+    return ours | {f"head.{key}": value for key, value in import_head(theirs).items()}, geometry
+
+
+def import_head(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the head, a layer norm and a linear layer, for `LinearHead.load_state_dict`."""
+    parts = {"norm.": "head.0.", "linear.": "head.1."}
+    return {ours + kind: theirs[prefix + kind] for ours, prefix in parts.items() for kind in ("weight", "bias")}
 
 
 def import_encoder(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,73 @@
+"""What does one hold in hand after loading a trained encoder?
+
+The encoder, the front end it was trained with, the head if it learned from labels, and a description that says where
+all of it comes from: nothing is left to guess, and nothing can be mixed up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from audiossl.encoder import Encoder
+from audiossl.errors import UserError
+from audiossl.features.chunks import valid_tokens
+from audiossl.features.classifier import LinearHead, pool_tokens
+from audiossl.spectrogram import resample
+
+
+class PretrainedEncoder(nn.Module):
+    """Hold a trained `encoder`, its `frontend`, its `head` (None without one) and their `description`.
+
+    `model(waveform, rate_hz)` gives tokens (B, n + N, D), the n class tokens first, from waveform (B, S) in [-1, 1] at
+    any rate; clips longer than the model's length are cut to it, shorter ones padded as in training. `labels` names
+    the head's classes where they are known. With `mask_padding` nothing attends to padding (ATST); the others hear it.
+    """
+
+    def __init__(self, encoder: Encoder, frontend: nn.Module, head: LinearHead | None, description: dict[str, Any]):
+        super().__init__()
+        self.encoder, self.frontend, self.head, self.description = encoder, frontend, head, description
+
+    @property
+    def width(self) -> int:
+        """D, the size of a token."""
+        return self.encoder.width
+
+    @property
+    def rate_hz(self) -> int:
+        """The rate the model hears at; other rates are resampled to it."""
+        return self.frontend.rate_hz
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the classes, in the order of the logits."""
+        return self.description.get("vocabulary")
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether attention leaves padding out."""
+        return self.description.get("mask_padding", False)
+
+    def forward(self, waveform: Tensor, rate_hz: int) -> Tensor:
+        return self.encoder(self.frontend(resample(waveform, rate_hz, self.rate_hz)))
+
+    def tokens(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Encode (B, 1, F, T), of which `num_frames` (B,) are audio, None for all: (B, n + N, D)."""
+        return self.encoder(spectrogram, valid=self._valid(spectrogram, num_frames) if self.mask_padding else None)
+
+    def logits(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Score the classes of (B, 1, F, T): (B, C), or (B, N, C) of a head for moments.
+
+        Raises `UserError` where there is no head.
+        """
+        if self.head is None:
+            raise UserError("this encoder has no classifier: it was trained without labels, or exported without one")
+        tokens = self.tokens(spectrogram, num_frames)
+        valid = self._valid(spectrogram, num_frames) if self.mask_padding else None
+        return self.head(pool_tokens(tokens, self.head.pooling, self.encoder.num_class_tokens, valid))
+
+    def _valid(self, spectrogram: Tensor, num_frames: Tensor | None) -> Tensor | None:
+        if num_frames is None:
+            return None
+        return valid_tokens(self.encoder, num_frames.to(spectrogram.device), self.encoder.grid_for(spectrogram))
