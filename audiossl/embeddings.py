@@ -107,7 +107,7 @@ def _gather(model: PretrainedEncoder, found: list[Description], choice: Choice) 
         )
     frames = None
     if choice.with_frames:
-        frames = nn.utils.rnn.pad_sequence([torch.cat(clip.frames) for clip in found], batch_first=True)
+        frames = nn.utils.rnn.pad_sequence([clip.all_frames() for clip in found], batch_first=True)
     return Embeddings(torch.stack([clip.pooled(choice.pooling) for clip in found]), frames, times, num_frames)
 
 
@@ -118,9 +118,10 @@ def timestamps_seconds(model: PretrainedEncoder, num_frames: int) -> Tensor:
 
 
 def file_blocks(
-    path: str | Path, model: PretrainedEncoder, progress: Callable[[float], object] | None = None
+    path: str | Path, model: PretrainedEncoder, progress: Callable[[float, float | None], object] | None = None
 ) -> Iterator[Tensor]:
-    """Stream a file as blocks (S,) at the model's rate on its device; `progress` hears the seconds taken from it.
+    """Stream a file as blocks (S,) at the model's rate on its device; `progress` hears of each block how many
+    seconds it has, and which share of the file is through (None where the file does not tell its length).
 
     Raises `AudioError` for what cannot be used.
     """
@@ -128,10 +129,12 @@ def file_blocks(
     with open_audio(path) as stream:
 
         def blocks() -> Iterator[Tensor]:
+            taken = 0
             for block in stream.blocks:
                 yield torch.from_numpy(np.ascontiguousarray(block)).to(device)
+                taken += len(block)
                 if progress is not None:
-                    progress(len(block) / stream.rate_hz)
+                    progress(len(block) / stream.rate_hz, taken / stream.num_frames if stream.num_frames else None)
 
         yield from resample_blocks(blocks(), stream.rate_hz, model.rate_hz)
 
@@ -161,9 +164,7 @@ def as_clips(waveform: Tensor | NDArray, num_samples: Tensor | Sequence[int] | N
         raise UserError(f"a waveform of shape {tuple(waveform.shape)}: give (S,) or (B, S), channels averaged")
     if waveform.dtype != torch.int16 and not waveform.is_floating_point():
         raise UserError(f"a waveform of {str(waveform.dtype).removeprefix('torch.')}: give float in [-1, 1], or int16")
-    clips = list(
-        waveform.detach().reshape(-1, waveform.shape[-1]) if waveform.numel() or waveform.ndim == 1 else waveform
-    )
+    clips = list(waveform.detach().unsqueeze(0) if waveform.ndim == 1 else waveform.detach())
     if num_samples is None:
         return clips
     counts = torch.as_tensor(num_samples).reshape(-1).tolist()

@@ -72,6 +72,10 @@ class Description:
         parts = ([self.classes] if "class" in pooling else []) + ([self.sums] if "mean" in pooling else [])
         return (torch.cat(parts) / self.num_frames).float()
 
+    def all_frames(self) -> Tensor:
+        """Give the features of every moment (T', D")."""
+        return torch.cat(self.frames)
+
 
 @torch.no_grad()
 def described(
