@@ -52,7 +52,7 @@ def embed_files(
     device may change.
     """
     check_kind(out)
-    choice.blocks(model)
+    choice.check(model)
     plan = _plan(model, found, choice)
     ledger = out.with_name(f"{out.name}.rejected.csv")
     if out.exists():

@@ -35,6 +35,11 @@ class Choice:
     overlap: float = 0.5
     with_frames: bool = True
 
+    def check(self, model: PretrainedEncoder) -> None:
+        """Raise `UserError` for what cannot be meant, or the encoder does not have."""
+        self.blocks(model)
+        Layout.of(model.encoder, model.frontend, self.overlap)
+
     def blocks(self, model: PretrainedEncoder) -> list[int]:
         """Number the blocks that are read; raise `UserError` for what the encoder does not have."""
         depth, layers = len(model.encoder.blocks), self.layers
