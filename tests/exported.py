@@ -12,12 +12,14 @@ from audiossl.pretrained import PretrainedEncoder
 from audiossl.weights.export import export_encoder, load_encoder
 
 METHODS = ("audiomae", "atst_clip", "atst_frame", "passt")
+OVERLAPPING = "passt stride=10"  # patches that overlap in time, an odd number of columns
 
 
 def export(model: str, folder: Path) -> Path:
-    """Export the method `model` at the size of a test, with a head where it learns from labels."""
+    """Export the method `model` ("passt stride=10") at the size of a test, with a head where it learns from labels."""
     folder.mkdir(parents=True, exist_ok=True)
-    method = build(model)
+    model, *changes = model.split()
+    method = build(model, **{key: int(value) for key, value in (change.split("=") for change in changes)})
     config = compose_for(model) | {"data": {"mean": 0.0, "std": 1.0}}
     names = CLASSES if hasattr(method, "head") else None
     export_encoder(method, config, folder / "encoder.safetensors", vocabulary=names)

@@ -1,12 +1,13 @@
 """Are the features of a recording those of the encoder, whatever its length, its rate and its neighbours in a batch?"""
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from exported import METHODS, encoder_of, noise, write
+from exported import METHODS, OVERLAPPING, encoder_of, noise, write
 from torch.nn.functional import pad
 
 import audiossl
@@ -29,7 +30,7 @@ def column_seconds(model) -> float:
     return model.encoder.stride[1] * model.frontend.hop_samples / model.rate_hz
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [*METHODS, OVERLAPPING])
 @pytest.mark.parametrize(("seconds", "rate_hz"), [(0, 44100), (0.01, 4000), (1, 192000), (2.6, 32000), (65, 22050)])
 def test_any_length_at_any_rate_gives_finite_features_for_every_moment(model, seconds, rate_hz):
     model = encoder_of(model)
@@ -43,7 +44,7 @@ def test_any_length_at_any_rate_gives_finite_features_for_every_moment(model, se
     assert 0 < found.timestamps_seconds[0] <= column and found.timestamps_seconds[-1] < max(seconds, column)
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [*METHODS, OVERLAPPING])
 def test_a_clip_of_one_window_gives_the_tokens_of_the_model(model):
     model = encoder_of(model)
     clip = window_of(model)
@@ -63,14 +64,14 @@ def test_a_clip_of_one_window_gives_the_tokens_of_the_model(model):
         torch.testing.assert_close(found.clip[0], frames.mean(0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [*METHODS, OVERLAPPING])
 def test_every_moment_of_a_long_clip_comes_from_the_window_nearest_to_it(model):
     """Windows are laid out anew here, over the whole clip; the last begins earlier, where a column does."""
     model = encoder_of(model)
     length, column = len(window_of(model)), model.encoder.stride[1] * model.frontend.hop_samples
     columns = model.encoder.grid_for(model.frontend(window_of(model)[None]))[1]
     clip = torch.from_numpy(noise((3 * length - 7) / model.rate_hz, model.rate_hz))
-    hop = columns // 2
+    hop = round(columns / 2)
     last = -(-(len(clip) - length) // column)
     starts = [*range(0, last, hop), last]
     pieces = [clip[start * column :][:length] for start in starts]
@@ -87,7 +88,7 @@ def test_every_moment_of_a_long_clip_comes_from_the_window_nearest_to_it(model):
         torch.testing.assert_close(features, frames[near, number - starts[near]], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [*METHODS, OVERLAPPING])
 def test_a_batch_is_its_clips_one_by_one_and_what_lies_behind_them_never_counts(model):
     model = encoder_of(model)
     lengths = [30000, 1, 200000, 9000]
@@ -117,6 +118,19 @@ def test_nothing_attends_to_the_padding_of_a_short_clip_where_the_model_masks_it
     assert (model.encoder(spectrogram)[:, model.encoder.num_class_tokens :][valid] - found.frames[0]).abs().max() > 1e-3
 
 
+def test_a_front_end_without_a_length_of_its_own_pads_no_short_clip():
+    model = copy.deepcopy(encoder_of("audiomae"))
+    model.frontend.frames = None
+    short, full = (torch.from_numpy(noise(seconds, 16000)) for seconds in (1.1, 9))
+    with torch.no_grad():
+        tokens = model.tokens(model.frontend(short[None]))[0, 1:]
+    found = model.embed(pad(torch.stack([full[:17600], short]), (0, 9)), 16000, num_samples=[17600, 17600])
+    torch.testing.assert_close(found.clip[1], tokens.mean(0), rtol=0, atol=1e-5)
+    expected = encoder_of("audiomae").embed(full, 16000).clip  # but for the last window, all are whole
+    torch.testing.assert_close(model.embed(full, 16000).clip, expected, rtol=0, atol=0.02)
+    assert model.embed(np.zeros(1), 16000).frames.isfinite().all()
+
+
 @pytest.mark.parametrize("model", METHODS)
 def test_layers_are_those_asked_for_each_with_the_final_norm(model):
     model = encoder_of(model)
@@ -136,7 +150,7 @@ def test_layers_are_those_asked_for_each_with_the_final_norm(model):
         torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [*METHODS, OVERLAPPING])
 def test_the_features_of_a_click_stand_out_at_its_time(model):
     model = encoder_of(model)
     quiet = 0.01 * np.random.default_rng(0).normal(size=9 * 48000).astype(np.float32)
