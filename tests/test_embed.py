@@ -260,6 +260,23 @@ def test_class_tokens_of_an_encoder_without_any_are_refused():
         encoder_of("atst_frame").embed(np.zeros(9), 16000, pooling="class")
 
 
+def test_a_model_in_half_precision_gives_about_the_same_in_float32():
+    model = encoder_of("audiomae")
+    found = copy.deepcopy(model).bfloat16().embed(noise(4, 16000), 16000).clip
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model.embed(noise(4, 16000), 16000).clip, rtol=0, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", METHODS)
+def test_a_gpu_gives_what_the_cpu_gives(model):
+    model, clip = encoder_of(model), noise(30, 44100)
+    expected = model.embed(clip, 44100)
+    found = copy.deepcopy(model).cuda().embed(clip, 44100)
+    torch.testing.assert_close(found.frames, expected.frames, rtol=0, atol=2e-2)
+    assert found.frames.device.type == "cpu"
+
+
 @pytest.mark.parametrize("model", METHODS)
 def test_silence_and_no_clips_at_all_are_described_too(model):
     model = encoder_of(model)

@@ -1,7 +1,9 @@
 """`embed` and `tag` as a user types them: odd files, killed commands, and what they leave."""
 
+import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,10 @@ from packing import read_table, unpack_demo
 
 import audiossl
 from audiossl.__main__ import main
+from audiossl.features.classifier import LinearHead
 from audiossl.features.store import groups_of
 from audiossl.sound import ffmpeg
+from audiossl.tag import average, tag
 
 REASONS = {  # of the files that `odd_files` writes, those that cannot be used
     "truncated.wav": "cut: ",
@@ -234,6 +238,30 @@ def test_what_cannot_be_tagged_is_one_line(place, model, file, message, capsys, 
     assert main(["tag", "--encoder", model, file]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_lines_of_python_in_the_readme_embed_a_file(place, tmp_path, monkeypatch, capsys):
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)]
+    assert len(lines.strip().splitlines()) <= 5
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(place / "audiomae")
+    write(tmp_path / "clip.wav", noise(7.3, 11025), 11025)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})  # noqa: S102 - the README's own
+    assert capsys.readouterr().out.startswith("torch.Size([1, 24]) torch.Size([1, 46, 24]) tensor(")
+
+
+def test_a_head_that_scores_moments_is_averaged_over_them():
+    model = copy.deepcopy(encoder_of("atst_frame"))
+    model.head = LinearHead(model.width, 4, pooling="tokens", norm="layer").eval()
+    torch.nn.init.normal_(model.head.linear.weight)
+    clip = torch.from_numpy(noise(1.0, 16000))
+    (window,) = tag(model, [clip], overlap=0.5, batch_size=2)
+    moments = model.embed(clip, 16000).frames[0]
+    with torch.no_grad():
+        expected = model.head(moments).sigmoid().mean(0)
+    assert window.weight == len(moments)
+    torch.testing.assert_close(average([window, window]), expected, rtol=0, atol=1e-5)
 
 
 PEAK = """
