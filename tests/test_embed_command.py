@@ -248,7 +248,7 @@ def test_the_lines_of_python_in_the_readme_embed_a_file(place, tmp_path, monkeyp
     write(tmp_path / "clip.wav", noise(7.3, 11025), 11025)
     monkeypatch.chdir(tmp_path)
     exec(lines, {})  # noqa: S102 - the README's own
-    assert capsys.readouterr().out.startswith("torch.Size([1, 24]) torch.Size([1, 46, 24]) tensor(")
+    assert capsys.readouterr().out.startswith("torch.Size([1, 24]) torch.Size([1, 45, 24]) tensor(")
 
 
 def test_a_head_that_scores_moments_is_averaged_over_them():
