@@ -6,7 +6,7 @@ Axes: B clips, S samples, F mel bands, T frames, H heads, N patches, K patches k
 
 from audiossl.version import __version__
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "read"]
 
 
 def load(path):
@@ -17,3 +17,10 @@ def load(path):
     from audiossl.weights.export import load_encoder
 
     return load_encoder(path)
+
+
+def read(path):
+    """Read an audio file of any rate, length and number of channels: waveform (S,) in [-1, 1], mono, and rate in Hz."""
+    from audiossl.sound.files import read
+
+    return read(path)

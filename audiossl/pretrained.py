@@ -6,8 +6,10 @@ all of it comes from: nothing is left to guess, and nothing can be mixed up.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from audiossl.encoder import Encoder
@@ -15,6 +17,9 @@ from audiossl.errors import UserError
 from audiossl.features.chunks import valid_tokens
 from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.spectrogram import resample
+
+if TYPE_CHECKING:
+    from audiossl.embeddings import Embeddings
 
 
 class PretrainedEncoder(nn.Module):
@@ -55,6 +60,22 @@ class PretrainedEncoder(nn.Module):
     def tokens(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """Encode (B, 1, F, T), of which `num_frames` (B,) are audio, None for all: (B, n + N, D)."""
         return self.encoder(spectrogram, valid=self._valid(spectrogram, num_frames) if self.mask_padding else None)
+
+    def layers(self, spectrogram: Tensor, num_frames: Tensor | None = None, *, num_layers: int) -> list[Tensor]:
+        """Encode as `tokens` does; give each of the last `num_layers` blocks, with the final norm: (B, n + N, D)."""
+        valid = self._valid(spectrogram, num_frames) if self.mask_padding else None
+        tokens = self.encoder.embed(spectrogram.to(self.encoder.patch_embed.proj.weight.dtype))
+        return self.encoder.encode_layers(tokens, num_layers=num_layers, valid=valid)
+
+    def embed(self, waveform: Tensor | NDArray | str | Path, sample_rate: int | None = None, **choices) -> Embeddings:
+        """Describe clips (S,) or (B, S), or a file, of any length and rate: vectors of the whole and of every moment.
+
+        `model.embed("clip.wav").clip` is (1, D'). What can be chosen (layers, pooling, overlap of windows, ...) is
+        said at `audiossl.embeddings.embed`.
+        """
+        from audiossl.embeddings import embed
+
+        return embed(self, waveform, sample_rate, **choices)
 
     def logits(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """Score the classes of (B, 1, F, T): (B, C), or (B, N, C) of a head for moments.
