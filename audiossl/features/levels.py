@@ -8,6 +8,7 @@ the logits, and windows of several lengths are put side by side, as the authors 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from audiossl.errors import UserError
 from audiossl.features.classifier import pool_tokens
 from audiossl.pretrained import PretrainedEncoder
+from audiossl.sound.frontend import FrontEnd
 
 Mode = Literal["all", "embed_only", "logits"]
 MEL_FRAMES = 6  # of the low level: 1920 samples at a hop of 320
@@ -53,11 +55,21 @@ class LevelReader(nn.Module):
         if mode != "embed_only" and model.head is None:
             raise UserError(f"mode={mode}: this encoder has no classifier, so no logits; take mode=embed_only")
         self.model, self.levels, self.mode, self.batch_seconds = model, levels, mode, batch_seconds
+        self.frontend = free_length(model.frontend)
         features = model.width
         classes = 0 if model.head is None else model.head.geometry["num_classes"]
         self.scene_size = {"all": classes + features, "embed_only": features, "logits": classes}[mode]
         self.moment_size = len(levels.windows_ms) * self.scene_size
         self.moment_size += MEL_FRAMES * model.frontend.num_mels if levels.with_mel else 0
+        longest = max(*levels.windows_ms, 0 if levels.scene_ms is None else levels.scene_ms)
+        if longest > self.reach_ms():
+            raise UserError(f"windows of {longest:g} ms for an encoder whose positions reach {self.reach_ms():g} ms")
+
+    def reach_ms(self) -> float:
+        """Measure the longest window that the positions reach over."""
+        encoder, frontend = self.model.encoder, self.frontend
+        frames = (encoder.grid[1] - 1) * encoder.stride[1] + encoder.patch[1] + encoder.stride[1] - 1
+        return 1000 * frontend.samples_for(frames) / frontend.rate_hz
 
     def samples(self, milliseconds: float) -> int:
         """Count samples, a part of one left out as published."""
@@ -91,12 +103,10 @@ class LevelReader(nn.Module):
 
     def scene_samples(self) -> int:
         """Count the samples of the longest clip that is described in one go."""
-        frontend, encoder = self.model.frontend, self.model.encoder
         if self.levels.scene_ms is not None:
             return self.samples(self.levels.scene_ms)
-        if frontend.frames is not None:
-            return frontend.samples_for(frontend.frames)
-        return encoder.geometry["frames"] * frontend.hop_samples
+        reach, frames = self.samples(self.reach_ms()), self.model.frontend.frames
+        return reach if frames is None else min(reach, self.frontend.samples_for(frames))
 
     def at_once(self, samples: int) -> int:
         """Count the windows of so many samples that go through the model together."""
@@ -117,36 +127,32 @@ class LevelReader(nn.Module):
     def describe(self, windows: Tensor) -> Tensor:
         """Describe waveforms (B, S), each as it is, without padding: (B, scene_size)."""
         model, encoder = self.model, self.model.encoder
-        spectrogram = self.mel(windows)
-        reach = (encoder.grid[1] - 1) * encoder.stride[1] + encoder.patch[1]
-        if spectrogram.shape[-1] >= reach + encoder.stride[1]:
-            raise UserError(
-                f"windows of {spectrogram.shape[-1]} frames, but this model's positions reach over {reach}: take "
-                f"scene_ms={1000 * reach * model.frontend.hop_samples // model.rate_hz} or less"
-            )
-        if spectrogram.shape[-1] < encoder.patch[1]:
-            missing = encoder.patch[1] - spectrogram.shape[-1]
-            spectrogram = nn.functional.pad(spectrogram, (0, missing), mode="replicate")
+        one_patch = self.frontend.samples_for(encoder.patch[1])
+        windows = nn.functional.pad(windows, (0, max(one_patch - windows.shape[1], 0)))
         pooling = "class" if model.head is None else model.head.pooling
-        features = pool_tokens(model.tokens(spectrogram), pooling, encoder.num_class_tokens)
+        features = pool_tokens(model.tokens(self.mel(windows)), pooling, encoder.num_class_tokens)
         parts = [model.head(features)] if self.mode != "embed_only" else []
         return torch.cat(parts + ([features] if self.mode != "logits" else []), dim=1)
 
     def mel(self, windows: Tensor) -> Tensor:
         """Compute each window's log-mel by itself, (B, S) -> (B, 1, F, T), T as long as the window.
 
-        The front end goes through clips one after the other, which is best for long ones; these are short.
+        All at once: `forward` goes through clips one after the other, which is best where they are long.
         """
-        frontend = self.model.frontend
-        short = max(frontend.shortest() - windows.shape[1], 0)
-        windows = nn.functional.pad(windows, (0, short))
+        everything = torch.full((len(windows), 1), windows.shape[1], device=windows.device)
         with torch.autocast(windows.device.type, enabled=False):
-            power = frontend.power(windows)
-            return ((frontend.log(frontend.mel @ power) - frontend.centre) / frontend.scale)[:, None]
+            return self.frontend.transform(windows, everything, self.frontend.mel)
 
     def flat_mel(self, windows: Tensor) -> Tensor:
         """Lay each window's log-mel out as a vector, band after band: (B, F * T)."""
         return self.mel(windows).flatten(1)
+
+
+def free_length(frontend: FrontEnd) -> FrontEnd:
+    """Copy a front end so that it neither cuts nor pads."""
+    free = copy.deepcopy(frontend)
+    free.frames = None
+    return free
 
 
 def windows_around(waveform: Tensor, samples: int, hop: int) -> Tensor:
@@ -170,7 +176,7 @@ def in_batches(
     *,
     device: torch.device,
 ) -> Tensor:
-    """Describe what `take` gives for slices of `count` things, `at_once` at a time: (count, X) float32 on `device`.
+    """Describe what `take` gives for slices of `count` things, `at_once` at a time: (count, ...) float32 on `device`.
 
     Nothing is kept for gradients, yet what comes back can be trained on.
     """
@@ -180,6 +186,6 @@ def in_batches(
         with torch.inference_mode():
             some = describe(take(places))
         if described is None:
-            described = torch.empty(count, some.shape[1], device=device)
+            described = torch.empty(count, *some.shape[1:], device=device)
         described[places] = some
     return described
