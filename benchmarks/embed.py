@@ -5,10 +5,11 @@ machine slows both: the ratio is the median of the turns, with the lowest and th
 CPU seconds tell more than the clock. --bfloat16 computes the batches in another precision, so its numbers are not the
 same, against float32 one at a time. Writes embed.json and embed.png to --out.
 
-Seen on one core of an AMD EPYC (AVX-512), 160 ms, 64 at once: base 2.3, tiny 3.3 times as fast, base in bfloat16 6.4. On a
-CPU the batches are bound by arithmetic: nine tenths of base's time are its matrix products, at the 100 GFLOP/s that
-this core gives in float32. No batch makes those fewer, so 10 times needs a device with more arithmetic than one
-window can keep busy; that is not measured yet.
+Seen on one core of an AMD EPYC (AVX-512) that was shared, by CPU time, windows of 160 ms, 64 at once: base is 2.3 times
+as fast, tiny 3.2, base in bfloat16 6.4; of 640 ms 1.2 and 1.7. On a CPU, batches are bound by arithmetic: nine tenths
+of base's time are matrix products, at the 100 GFLOP/s that PyTorch's float32 reaches on this core, and no batch makes
+them fewer. Ten times as fast needs a device that one window cannot keep busy; that is not measured yet. With more
+threads than free cores the windows alone wait for their threads, and the ratio flatters.
 """
 
 from __future__ import annotations
