@@ -14,6 +14,7 @@ COMMANDS = {
     "index": ("audiossl.index", "index somebody's webdataset shards"),
     "passport": ("audiossl.passport", "say what is in a corpus, and how it differs from another"),
     "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),
+    "export": ("audiossl.weights.exporting", "hand an encoder on: a folder, or a file for the authors' code"),
 }
 
 

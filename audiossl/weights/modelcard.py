@@ -90,9 +90,10 @@ def _training(description: dict[str, Any]) -> str:
     corpus, provenance = description.get("corpus") or {}, description.get("provenance") or {}
     facts = {
         "shards": _names_only(corpus.get("shards")),
-        "corpus hash": _short(provenance.get("corpus_hash")),
+        "corpus hash": (provenance.get("corpus_hash") or "")[:16] or None,
         "mean and deviation of its log-mel": _pair(corpus.get("mean"), corpus.get("std")),
         "started from": _names_only(provenance.get("init")),
+        "steps": provenance.get("steps"),
         "clips a step": provenance.get("global_batch"),
         "audiossl": description.get("audiossl"),
         "commit": provenance.get("git"),
@@ -106,7 +107,7 @@ def _training(description: dict[str, Any]) -> str:
 def _licence(description: dict[str, Any]) -> str:
     licence = description.get("licence")
     if licence is None:
-        said = "None is recorded. It was not made from weights of others, as far as audiossl knows: its makers decide."
+        said = "None is recorded: no weights that have one went into it. Who trained it has to name one."
     else:
         note = f" ({licence['note']})" if licence.get("note") else ""
         said = f"{licence['name']}{note}, from the weights it was made from: {licence.get('source') or 'unknown'}."
@@ -114,12 +115,12 @@ def _licence(description: dict[str, Any]) -> str:
 
 
 def _names_only(value: Any) -> str | None:
-    """Keep names and leave folders out, which are of no use elsewhere and may tell more than one wants."""
+    """Keep the ends of paths: whole ones are of no use elsewhere and may tell more than one wants."""
     if isinstance(value, dict):
         return ", ".join(value)
     if isinstance(value, list):
         return ", ".join(str(_names_only(one)) for one in value)
-    return None if value is None else " ".join(PurePath(w).name if "/" in w else w for w in str(value).split(" "))
+    return None if value is None else " ".join("/".join(PurePath(w).parts[-2:]) for w in str(value).split(" "))
 
 
 def _pair(mean: Any, std: Any) -> str | None:

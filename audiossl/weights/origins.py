@@ -77,7 +77,9 @@ def join_licences(*licences: dict[str, Any] | None) -> dict[str, Any] | None:
     known = [licence for n, licence in enumerate(licences) if licence and licence not in licences[:n]]
     if len(known) < 2:
         return known[0] if known else None
-    return {key: "; ".join(str(one[key]) for one in known if one.get(key)) or None for key in ("name", "source", "note")}
+    return {
+        key: "; ".join(str(one[key]) for one in known if one.get(key)) or None for key in ("name", "source", "note")
+    }
 
 
 def _way_out(key: str, value: Any) -> str:
