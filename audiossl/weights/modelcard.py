@@ -75,7 +75,8 @@ with torch.no_grad():
     tokens = model(torch.from_numpy(waveform.mean(1))[None], rate_hz)  # (1, tokens, {width}), class tokens first
 ```
 
-Any rate will do (it is resampled to {rate} Hz). The front end is part of the model: features of another one mean nothing."""
+Any rate will do (it is resampled to {rate} Hz). The front end is part of the model: what another one shows it means
+nothing to it."""
 
 
 def _hearing(description: dict[str, Any]) -> str:
