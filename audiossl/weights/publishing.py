@@ -9,7 +9,6 @@ Layouts: facebookresearch/AudioMAE (2207.06405), Audio-WestlakeU/audiossl (2204.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,17 +47,12 @@ class Published:
         return torch.zeros(shape)
 
 
-def family_of(model: nn.Module) -> str:
-    """Tell whose layout a method or a `PretrainedEncoder` has: audiomae, atst or passt."""
-    return FAMILIES[model.encoder.geometry["positions"]]
-
-
 def publish(model: nn.Module, layout: str) -> Published:
     """Write a method or a `PretrainedEncoder` in the authors' `layout`: audiomae, atst or passt.
 
     Raises `UserError` for a model of another family, and for one that their code cannot build or would run otherwise.
     """
-    family = family_of(model)
+    family = FAMILIES[model.encoder.geometry["positions"]]
     if layout != family:
         raise UserError(f"layout={layout}: this is an encoder of {NAMES[family]}; give layout={family}, or audiossl")
     published = Published()
@@ -195,8 +189,7 @@ def _distilled_atst(model: nn.Module, ours: dict[str, Tensor], published: Publis
     names |= {"projector.": "projector.", "distill_head.": "project_linear."}
     for prefix, theirs in names.items():
         published.tensors |= {f"model.{theirs}{key}": value for key, value in with_prefix(ours, prefix).items()}
-    project = model.projector is not None
-    published.content["hyper_parameters"] = {"lambda_d": model.distill_weight, "project": project}
+    published.content["hyper_parameters"] = {"lambda_d": model.distill_weight, "project": model.projector is not None}
 
 
 def _atst_encoder(
@@ -224,11 +217,10 @@ def _atst_encoder(
 
 def _arguments(model: nn.Module, arch: str | None) -> dict[str, Any]:
     """Give what their module is built with: Clip has fewer choices."""
-    arguments = {"arch": arch or "small"}
     if model.encoder.num_class_tokens:
-        return arguments
-    symmetric = getattr(model, "symmetric", True)
-    return arguments | {"symmetric": symmetric, "pos_type": "cut", "avg_blocks": 0, "patch_embed": "Linear"}
+        return {"arch": arch or "small"}
+    chosen = {"arch": arch or "small", "symmetric": getattr(model, "symmetric", True)}
+    return chosen | {"pos_type": "cut", "avg_blocks": 0, "patch_embed": "Linear"}
 
 
 def _to_passt(model: nn.Module, ours: dict[str, Tensor], published: Published) -> None:
@@ -251,5 +243,4 @@ def _to_passt(model: nn.Module, ours: dict[str, Tensor], published: Published) -
             found[f"head_dist.{kind}"] = published.zeros(f"head_dist.{kind}", *shape, why=UNUSED)
 
 
-Writer = Callable[[nn.Module, dict[str, Tensor], Published], None]
-WRITERS: dict[str, Writer] = {"audiomae": _to_audiomae, "atst": _to_atst, "passt": _to_passt}
+WRITERS = {"audiomae": _to_audiomae, "atst": _to_atst, "passt": _to_passt}
