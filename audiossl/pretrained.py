@@ -17,17 +17,19 @@ from audiossl.errors import UserError
 from audiossl.features.chunks import valid_tokens
 from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.spectrogram import resample
+from audiossl.weights.hub import HubModel
 
 if TYPE_CHECKING:
     from audiossl.embeddings import Embeddings
 
 
-class PretrainedEncoder(nn.Module):
+class PretrainedEncoder(HubModel, nn.Module):
     """Hold a trained `encoder`, its `frontend`, its `head` (None without one) and their `description`.
 
     `model(waveform, rate_hz)` gives tokens (B, n + N, D), the n class tokens first, from waveform (B, S) in [-1, 1] at
     any rate; clips longer than the model's length are cut to it, shorter ones padded as in training. `labels` names
     the head's classes where they are known. With `mask_padding` nothing attends to padding (ATST); the others hear it.
+    `save_pretrained(folder)`, `push_to_hub(repo_id)` and `from_pretrained(source)` are those of the HuggingFace hub.
     """
 
     def __init__(self, encoder: Encoder, frontend: nn.Module, head: LinearHead | None, description: dict[str, Any]):
