@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from audiossl.embeddings import embed
 from audiossl.errors import UserError
-from audiossl.features.chunks import clip_features_in_chunks, valid_tokens
+from audiossl.features.chunks import clip_features_in_chunks
 from audiossl.features.levels import free_length, in_batches
 from audiossl.features.timestamps import scene_embedding, timestamp_embedding
 from audiossl.pretrained import PretrainedEncoder
-from audiossl.spectrogram import KaldiFbank
 
 
 class ChunkReader(nn.Module):
@@ -97,64 +97,23 @@ class TokenReader(nn.Module):
 
     def __init__(self, model: PretrainedEncoder, *, num_layers: int | None = None, batch_seconds: float = 40):
         super().__init__()
-        encoder, frontend = model.encoder, free_length(model.frontend)
-        frontend.frames = model.frontend.frames or encoder.geometry["frames"]
-        self.model, self.frontend, self.batch_seconds = model, frontend, batch_seconds
-        self.num_layers = check_layers(encoder, num_layers, 1)
-        self.window_columns = encoder.grid_for(torch.empty(1, 1, frontend.num_mels, frontend.frames))[1]
-        self.hop_columns = max(self.window_columns // 2, 1)
-        self.moment_size = self.scene_size = self.num_layers * encoder.width
-
-    def middles(self, columns: Tensor) -> Tensor:
-        """Find the sample in the middle of every column's frames."""
-        patch, stride = self.model.encoder.patch[1], self.model.encoder.stride[1]
-        first = self.frontend.window_samples / 2 if isinstance(self.frontend, KaldiFbank) else 0  # others are centred
-        return first + (columns * stride + (patch - 1) / 2) * self.frontend.hop_samples
+        self.model, self.frontend = model, model.frontend
+        self.num_layers = check_layers(model.encoder, num_layers, 1)
+        frames = model.frontend.frames or model.encoder.geometry["frames"]
+        window = model.frontend.samples_for(frames) / model.rate_hz
+        self.how = dict(layers=self.num_layers, batch_size=max(1, int(batch_seconds / window)))
+        self.moment_size = self.scene_size = self.num_layers * model.width
 
     def moments(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """Describe every column of (B, S) at the model's rate: (B, n, moment_size), and its middle (B, n) in ms.
-
-        Columns whose middle lies behind the end are left out; the first always counts.
-        """
-        clips, samples = waveform.shape
-        step = self.model.encoder.stride[1] * self.frontend.hop_samples
-        columns = torch.arange(samples // step + 1, device=waveform.device)
-        columns = columns[(self.middles(columns) <= samples) | (columns == 0)]
-        later = max(len(columns) - self.window_columns, 0)
-        num_windows = 1 + -(-later // self.hop_columns)
-        length, hop = self.frontend.samples_for(self.frontend.frames), self.hop_columns * step
-        padded = nn.functional.pad(waveform, (0, max((num_windows - 1) * hop + length - samples, 0)))
-        windows = padded.unfold(1, length, hop)
-        valid = (samples - hop * torch.arange(num_windows, device=waveform.device)).clamp(max=length)
-
-        def take(places: slice) -> tuple[Tensor, Tensor]:
-            numbers = torch.arange(places.start, places.stop, device=waveform.device)
-            number = numbers % num_windows
-            return windows[numbers // num_windows, number], valid[number]
-
-        at_once = max(1, int(self.batch_seconds * self.frontend.rate_hz / length))
-        described = in_batches(self.describe, take, clips * num_windows, at_once, device=waveform.device)
-        window = ((columns - (self.window_columns - 1) / 2) / self.hop_columns).round().long()
-        window = window.clamp(0, num_windows - 1)  # the one whose middle is nearest
-        features = described.unflatten(0, (clips, num_windows))[:, window, columns - window * self.hop_columns]
-        times = self.middles(columns) * (1000 / self.frontend.rate_hz)
-        return features, times.float().expand(clips, -1)
+        """Describe every column of (B, S) at the model's rate: (B, n, moment_size), and its middle (B, n) in ms."""
+        found = embed(self.model, waveform, self.model.rate_hz, **self.how)
+        times = (1000 * found.timestamps_seconds).float().to(waveform.device)
+        return found.frames.to(waveform.device), times.expand(len(waveform), -1)
 
     def scenes(self, waveform: Tensor) -> Tensor:
         """Describe recordings (B, S) at the model's rate as wholes: (B, scene_size)."""
-        return self.moments(waveform)[0].mean(1)
-
-    def describe(self, windows: tuple[Tensor, Tensor]) -> Tensor:
-        """Describe the columns of windows (B, S), of which (B,) samples are audio: (B, columns, num_layers * D)."""
-        waveform, num_samples = windows
-        encoder, spectrogram = self.model.encoder, self.frontend(waveform, num_samples)
-        num_frames = 1 + (num_samples - self.frontend.samples_for(1)).clamp(min=0) // self.frontend.hop_samples
-        grid, valid = encoder.grid_for(spectrogram), None
-        if self.model.mask_padding:
-            valid = valid_tokens(encoder, num_frames, grid)
-        layers = encoder.encode_layers(encoder.embed(spectrogram), num_layers=self.num_layers, valid=valid)
-        patches = torch.cat(layers, dim=-1)[:, encoder.num_class_tokens :]
-        return patches.unflatten(1, grid).mean(1)
+        found = embed(self.model, waveform, self.model.rate_hz, with_frames=False, **self.how)
+        return found.clip.to(waveform.device)
 
 
 def check_layers(encoder: nn.Module, num_layers: int | None, default: int) -> int:
