@@ -18,7 +18,8 @@ from audiossl.patches import (
     spread_from_visible,
     unpatchify,
 )
-from audiossl.weights.audiomae import cut_positions, resize_image_positions, rgb_to_mono
+from audiossl.weights.lengths import cut_positions
+from audiossl.weights.timm import resize_image_positions, rgb_to_mono
 
 POSITIONS = golden_cases("posembed_mae")
 
