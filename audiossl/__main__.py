@@ -13,7 +13,7 @@ COMMANDS = {
     "pack": ("audiossl.pack", "pack a folder of audio into tar shards with an index"),
     "index": ("audiossl.index", "index somebody's webdataset shards"),
     "passport": ("audiossl.passport", "say what is in a corpus, and how it differs from another"),
-    "import": ("audiossl.weights.importing", "turn published weights into an encoder of ours"),
+    "import": ("audiossl.importing.command", "turn published weights into an encoder of ours"),
     "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from audiossl.errors import UserError
 from audiossl.weights.published import ATST, ATST_LICENCE, ATST_MEL, ATST_SECONDS
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import DROPPED, REORDERED, UNKNOWN, Row, Settings, Translation, heads_of, row
+from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # of the published widths; shapes do not tell
 PATCH = (64, 4)  # mel bands, frames
@@ -145,7 +145,7 @@ def translate(
     """
     theirs = with_prefix(tensors, prefix)
     rows = [_row(key, prefix, head) for key in tensors]
-    taken = {row.source.removeprefix(prefix) for row in rows if row.action != UNKNOWN and row.source.startswith(prefix)}
+    taken = {row.source.removeprefix(prefix) for row in rows if not row.is_unknown and row.source.startswith(prefix)}
     theirs = {key: value for key, value in theirs.items() if key in taken}
     geometry = read_geometry(theirs, settings.num_heads)
     classes = geometry["num_class_tokens"]
@@ -170,10 +170,13 @@ def _row(key: str, prefix: str, head: str | None) -> Row:
         bare = key.removeprefix(prefix)
         if bare == "pos_embed":
             return Row(
-                key, REORDERED, "positions.table", "its first place, the class token's, is kept apart (Frame has none)"
+                key,
+                Action.REORDERED,
+                "positions.table",
+                "the first place, a class token's, is kept apart",
             )
         if bare == "mask_embed":
-            return Row(key, DROPPED, why="mask token, which only pre-training uses")
+            return Row(key, Action.DROPPED, why="mask token, which only pre-training uses")
         if bare == "cls_token":
             return row(key, key, "class_token")
         known = next((known for known in RENAMED if bare.startswith(known)), None)
@@ -188,8 +191,8 @@ def _row(key: str, prefix: str, head: str | None) -> Row:
     else:
         for pattern, why in LEFT_OUT.items():
             if re.fullmatch(pattern, key):
-                return Row(key, DROPPED, why=why)
-    return Row(key, UNKNOWN)
+                return Row(key, Action.DROPPED, why=why)
+    return Row(key, Action.UNKNOWN)
 
 
 def _hear_hints(found: Translation, hints: Mapping[str, Any]) -> None:

@@ -18,18 +18,7 @@ from audiossl.errors import UserError
 from audiossl.parts.positions import sincos_table
 from audiossl.weights.published import AUDIOMAE, AUDIOMAE_LICENCE, AUDIOMAE_PORT_LICENCE, KALDI_FBANK
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import (
-    CHANGED,
-    DROPPED,
-    REORDERED,
-    TRANSPOSED,
-    UNKNOWN,
-    Row,
-    Settings,
-    Translation,
-    heads_of,
-    row,
-)
+from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths; shapes do not tell
 DECODER_HEADS = {512: 16}
@@ -200,8 +189,9 @@ def _read_grid(table: Tensor, patch: int, num_mels: int) -> tuple[int, tuple[int
 
 def _read_positions(table: Tensor, grid: tuple[int, int], overlapping: bool) -> str:
     ours = frequency_first(table.float(), *grid)
+    atol = 1e-5 if table.dtype in (torch.float32, torch.float64) else 1e-2
     for name in ("published", "corrected"):
-        if torch.allclose(sincos_table(grid, table.shape[2], positions=name, overlapping=overlapping), ours, atol=1e-5):
+        if torch.allclose(sincos_table(grid, table.shape[2], positions=name, overlapping=overlapping), ours, atol=atol):
             return name
     raise UserError("the position table is no sine-cosine code of this grid: was it trained with another num_mels?")
 
@@ -211,59 +201,46 @@ def translate(theirs: dict[str, Tensor], settings: Settings, *, is_port: bool) -
 
     What has no counterpart stays behind, and the rows say why. Raises `UserError` for sizes that do not fit.
     """
-    num_mels, hop_ms = (
-        settings.num_mels or KALDI_FBANK["num_mels"],
-        settings.frontend.get("hop_ms", KALDI_FBANK["hop_ms"]),
-    )
-    geometry = encoder_geometry(theirs, num_mels, settings.num_heads)
+    frontend = KALDI_FBANK | settings.frontend
+    geometry = encoder_geometry(theirs, frontend["num_mels"], settings.num_heads)
     patch, stride = ([geometry.pop(key)] * 2 for key in ("patch", "stride"))
     del geometry["grid"]
     geometry |= dict(patch=patch, stride=stride, drop_path=0.0, final_norm="norm.weight" in theirs)
-    has_head = "head.weight" in theirs
-    result = Translation(
+    has_head, is_mean = "head.weight" in theirs, "fc_norm.weight" in theirs
+    found = Translation(
         method=AUDIOMAE,
-        encoder=import_encoder(theirs, num_mels=num_mels),
+        encoder=import_encoder(theirs, num_mels=frontend["num_mels"]),
         geometry=geometry,
-        frontend=KALDI_FBANK | {"seconds": geometry["frames"] * hop_ms / 1000},
+        frontend=KALDI_FBANK | {"seconds": geometry["frames"] * frontend["hop_ms"] / 1000},
         licence=AUDIOMAE_PORT_LICENCE if is_port else AUDIOMAE_LICENCE,
         rows=[_row(key, theirs, has_head) for key in theirs],
     )
     if has_head:
         classes, width = theirs["head.weight"].shape
-        norm = "layer" if "fc_norm.weight" in theirs else "none"
-        result.head = dict(width_in=width, num_classes=classes, pooling="mean", norm=norm, eps=1e-6)
-        result.head_weights = {ours: theirs[key] for key, ours in HEAD.items() if key in theirs}
-    elif "fc_norm.weight" in theirs:
-        result.warnings.append(
-            "fc_norm, which normalises the mean of the tokens, is left out: there is no head to take it"
-        )
+        pooling = dict(pooling="mean", norm="layer") if is_mean else dict(pooling="class", norm="none")  # timm's rule
+        found.head = dict(width_in=width, num_classes=classes, eps=1e-6, **pooling)
+        found.head_weights = {ours: theirs[key] for key, ours in HEAD.items() if key in theirs}
+    elif is_mean:
+        found.warnings.append("fc_norm, which normalises the mean of the tokens for a classifier, is left out")
     if not {"mean", "std"} <= settings.frontend.keys():
-        result.notes.append(
+        found.notes.append(
             "mean and std are AudioSet's; weights tuned elsewhere need mean=... std=... (ESC-50: -6.6268077, 5.358466)"
         )
-    return result
+    return found
 
 
 def _row(key: str, theirs: dict[str, Tensor], has_head: bool) -> Row:
-    if key in HEAD and has_head:
-        return row(key, key, f"head.{HEAD[key]}")
     if key in HEAD:
-        return Row(key, DROPPED, why="normalises the mean of the tokens for a head that the file has not")
+        return row(key, key, f"head.{HEAD[key]}") if has_head else Row(key, Action.DROPPED, why="no classifier")
     if key == "pos_embed":
-        return Row(
-            key, REORDERED, "positions.table", "time-major to frequency-major; the class token's place goes to it"
-        )
+        return Row(key, Action.REORDERED, "positions.table", "time-major to frequency-major; first place: cls_token")
     if key == "cls_token":
-        return Row(
-            key,
-            CHANGED,
-            "class_token",
-            f"plus its place in pos_embed, {float(theirs['pos_embed'][:, 0].abs().max()):.3g} at most",
-        )
+        added = float(theirs["pos_embed"][:, 0].abs().max())
+        return Row(key, Action.CHANGED, "class_token", f"plus the first place of pos_embed, at most {added:.3g}")
     if key == "patch_embed.proj.weight":
-        return Row(key, TRANSPOSED, key, "(time, frequency) to (frequency, time)")
+        return Row(key, Action.TRANSPOSED, key, "(time, frequency) to (frequency, time)")
     if key.startswith(tuple(DECODER)):
-        return Row(key, DROPPED, why="decoder, which only pre-training uses")
+        return Row(key, Action.DROPPED, why="decoder, which only pre-training uses")
     if key.startswith(LEFT_OVER):
-        return Row(key, DROPPED, why="no forward pass of the published code uses it")
-    return row(key, key, key) if key.startswith(tuple(ENCODER)) else Row(key, UNKNOWN)
+        return Row(key, Action.DROPPED, why="no forward pass of the published code uses it")
+    return row(key, key, key) if key.startswith(tuple(ENCODER)) else Row(key, Action.UNKNOWN)

@@ -20,7 +20,7 @@ from audiossl.errors import UserError
 from audiossl.patches import grid_of
 from audiossl.weights.published import PASST, PASST_LICENCE, PASST_MEL
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import CHANGED, DROPPED, TRANSPOSED, UNKNOWN, Row, Settings, Translation, row
+from audiossl.weights.translation import Action, Row, Settings, Translation, row
 
 log = logging.getLogger(__name__)
 
@@ -132,15 +132,15 @@ def _hop_of(frames: int, file_name: str, settings: Settings) -> tuple[float, lis
 
 def _row(key: str) -> Row:
     if key in ("cls_token", "dist_token"):
-        return Row(key, CHANGED, "class_token", "class and distillation token side by side")
+        return Row(key, Action.CHANGED, "class_token", "class and distillation token side by side")
     if key in ("freq_new_pos_embed", "time_new_pos_embed"):
         ours = "positions.frequency" if key.startswith("freq") else "positions.time"
-        return Row(key, TRANSPOSED, ours, "(1, D, rows, columns) to (rows, columns, D)")
+        return Row(key, Action.TRANSPOSED, ours, "(1, D, rows, columns) to (rows, columns, D)")
     if key in RENAMED:
         return row(key, key, RENAMED[key])
     if key in LEFT_OUT:
-        return Row(key, DROPPED, why="no forward pass of theirs uses it")
-    return row(key, key, key) if key.startswith(("blocks.", "norm.", "patch_embed.")) else Row(key, UNKNOWN)
+        return Row(key, Action.DROPPED, why="no forward pass of theirs uses it")
+    return row(key, key, key) if key.startswith(("blocks.", "norm.", "patch_embed.")) else Row(key, Action.UNKNOWN)
 
 
 def is_passt(state: dict[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.weights.initial import from_timm
 from audiossl.weights.published import AUDIOMAE, KALDI_FBANK, PASST, PASST_MEL
-from audiossl.weights.translation import CHANGED, DROPPED, UNKNOWN, Licence, Row, Settings, Translation, heads_of, row
+from audiossl.weights.translation import Action, Licence, Row, Settings, Translation, heads_of, row
 
 LICENCE = Licence(
     "Apache-2.0", "https://github.com/huggingface/pytorch-image-models", "DeiT and timm; see the model's own card"
@@ -72,21 +72,21 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
 def _row(key: str, theirs: dict[str, Tensor], is_passt: bool, num_class_tokens: int) -> Row:
     if key == "patch_embed.proj.weight":
         size = "" if tuple(theirs[key].shape[-2:]) == (PATCH, PATCH) else f", resized to {PATCH} x {PATCH}"
-        return Row(key, CHANGED, key, f"summed over the colours{size}")
+        return Row(key, Action.CHANGED, key, f"summed over the colours{size}")
     if key == "cls_token":
         return row(key, key, "class_token")
     if key == "dist_token":
         if num_class_tokens == 2:
-            return Row(key, CHANGED, "class_token", "joined to the class token")
-        return Row(key, DROPPED, why="Audio-MAE has no distillation token")
+            return Row(key, Action.CHANGED, "class_token", "joined to the class token")
+        return Row(key, Action.DROPPED, why="Audio-MAE has no distillation token")
     if key == "pos_embed" and is_passt:
         ours = "positions.frequency, positions.time, positions.class_table"
-        return Row(key, CHANGED, ours, "stretched to the grid (bicubic), then means over columns and over rows")
+        return Row(key, Action.CHANGED, ours, "stretched to the grid (bicubic), then means over columns and over rows")
     if key == "pos_embed":
-        return Row(key, DROPPED, why="fixed sine-cosine codes of the spectrogram's grid replace the image's")
+        return Row(key, Action.DROPPED, why="fixed sine-cosine codes of the spectrogram's grid replace the image's")
     if key.startswith(LEFT_OUT):
-        return Row(key, DROPPED, why="classifier of images")
-    return row(key, key, key) if key.startswith(("blocks.", "norm.", "patch_embed.")) else Row(key, UNKNOWN)
+        return Row(key, Action.DROPPED, why="classifier of images")
+    return row(key, key, key) if key.startswith(("blocks.", "norm.", "patch_embed.")) else Row(key, Action.UNKNOWN)
 
 
 def resize_image_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:

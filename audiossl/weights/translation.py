@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from torch import Tensor
 from audiossl.config.schema import nearest
 from audiossl.errors import UserError
 
-USED, RENAMED, TRANSPOSED, REORDERED, CHANGED, DROPPED, UNKNOWN, MADE = (
-    "used as is",
-    "renamed",
-    "transposed",
-    "reordered",
-    "changed",
-    "dropped",
-    "unknown",
-    "made here",
-)
+
+class Action(StrEnum):
+    """Say what was done with a tensor."""
+
+    USED = "used as is"
+    RENAMED = "renamed"
+    TRANSPOSED = "transposed"
+    REORDERED = "reordered"
+    CHANGED = "changed"
+    DROPPED = "dropped"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,19 @@ class Row:
     """Say what became of one tensor: its name in the source, what was done, our names for it, and why."""
 
     source: str
-    action: str
+    action: Action
     ours: str = ""
     why: str = ""
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nobody knows what the tensor is for."""
+        return self.action == Action.UNKNOWN
 
-def row(source: str, key: str, ours: str, action: str | None = None, why: str = "") -> Row:
+
+def row(source: str, key: str, ours: str, action: Action | None = None, why: str = "") -> Row:
     """Report a tensor that is taken; without `action` it is used as is, or renamed where ours differs from `key`."""
-    return Row(source, action or (USED if key == ours else RENAMED), ours, why)
+    return Row(source, action or (Action.USED if key == ours else Action.RENAMED), ours, why)
 
 
 @dataclass(frozen=True)

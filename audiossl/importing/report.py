@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiossl.weights.translation import UNKNOWN, Row
+from audiossl.weights.translation import Action, Row
 
 NUMBER = re.compile(r"(blocks|layers)\.(\d+)\.")
 
@@ -42,7 +42,7 @@ def fold_dropped(lines: Sequence[tuple[str, str, str, str, int]]) -> list[tuple[
     for line in lines:
         source, action, ours, why, count = line
         before = folded[-1] if folded else None
-        if before and not ours and action != UNKNOWN and before[1:4] == (action, ours, why):
+        if before and not ours and action != Action.UNKNOWN and before[1:4] == (action, ours, why):
             shared = _shared_prefix(before[0], source)
             if shared:
                 folded[-1] = (f"{shared}*", action, ours, why, before[4] + count)
@@ -78,7 +78,7 @@ def print_report(rows: Sequence[Row], missing: Sequence[str], console: Console) 
     for name in ("in the file", "tensors", "", "here", "why"):
         table.add_column(name, justify="right" if name == "tensors" else "left", overflow="fold")
     for source, action, ours, why, count in fold_dropped(summarise(rows)):
-        colour = {UNKNOWN: "red", "dropped": "yellow"}.get(action, "")
+        colour = {Action.UNKNOWN: "red", Action.DROPPED: "yellow"}.get(action, "")
         table.add_row(
             Text(source), str(count), Text(action, style=colour), Text(ours if ours != source else "="), Text(why)
         )

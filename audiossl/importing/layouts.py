@@ -20,7 +20,7 @@ from audiossl.errors import UserError
 from audiossl.weights import atst, audiomae, passt, timm
 from audiossl.weights.published import ATST_DISTILLED
 from audiossl.weights.reading import read_weights
-from audiossl.weights.translation import DROPPED, Row, Settings, Translation
+from audiossl.weights.translation import Action, Row, Settings, Translation
 
 WRAPPERS = ("module.", "_orig_mod.")  # of data parallel and of compiled models, around every key
 ATST_ENCODERS = {  # prefix of the encoder: (layout, whose part, prefix of its classifier)
@@ -160,7 +160,7 @@ def _translate_passt(checkpoint: Checkpoint, settings: Settings) -> Translation:
         why = {"net.": "the average, net_swa.*, is taken", "mel.": "the front end's own"}.get(
             key.split(".")[0] + ".", ""
         )
-        found.rows.append(Row(key, DROPPED if why else "unknown", why=why))
+        found.rows.append(Row(key, Action.DROPPED if why else Action.UNKNOWN, why=why))
     return found
 
 

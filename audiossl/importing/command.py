@@ -23,13 +23,13 @@ from rich.text import Text
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
+from audiossl.importing.layouts import read_checkpoint, translate
+from audiossl.importing.lengths import fit_length
+from audiossl.importing.report import as_dict, print_report
 from audiossl.version import __version__
 from audiossl.weights.export import describe, write_export
-from audiossl.weights.importreport import as_dict, print_report
-from audiossl.weights.layouts import read_checkpoint, translate
-from audiossl.weights.lengths import fit_length
 from audiossl.weights.published import ATST_MEL, KALDI_FBANK, PASST_MEL
-from audiossl.weights.translation import DROPPED, UNKNOWN, Row, Settings, Translation, parse_settings
+from audiossl.weights.translation import Action, Row, Settings, Translation, parse_settings
 
 FRONTEND_KEYS = {*KALDI_FBANK, *ATST_MEL, *PASST_MEL} - {"_target_"}
 REPORT = "import_report.json"
@@ -94,9 +94,7 @@ def import_weights(source: Path, settings: Settings, console: Console | None = N
     wanted |= {f"head.{key}": value for key, value in head.state_dict().items()} if head else {}
     weights = found.encoder | {f"head.{key}": value for key, value in found.head_weights.items()}
     known = set(wanted)
-    found.rows = [
-        row if set(filter(None, row.ours.split(", "))) <= known else Row(row.source, UNKNOWN) for row in found.rows
-    ]
+    found.rows = [row if _is_ours(row, known) else Row(row.source, Action.UNKNOWN) for row in found.rows]
     beside = ", ".join(f"{name} ({kind})" for name, kind in checkpoint.beside.items())
     found.notes += [f"beside the weights, and left there: {beside}"] if beside else []
     missing = sorted(known - weights.keys())
@@ -111,6 +109,10 @@ def import_weights(source: Path, settings: Settings, console: Console | None = N
     return Imported(layout, encoder.eval(), head, found, missing)
 
 
+def _is_ours(row: Row, known: set[str]) -> bool:
+    return not row.ours or set(row.ours.split(", ")) <= known
+
+
 def _check(
     found: Translation,
     weights: dict[str, torch.Tensor],
@@ -120,13 +122,13 @@ def _check(
     settings: Settings,
 ) -> None:
     """Refuse what is unknown, missing, of another size, or not finite."""
-    unknown = [row.source for row in found.rows if row.action == UNKNOWN]
+    unknown = [row.source for row in found.rows if row.is_unknown]
     if unknown and not settings.allow_unknown:
         raise UserError(
             f"{source}: {len(unknown)} tensors are not known ({', '.join(unknown[:4])}); allow_unknown=true drops them"
         )
     why = "not known, and allow_unknown=true"
-    found.rows = [Row(row.source, DROPPED, why=why) if row.action == UNKNOWN else row for row in found.rows]
+    found.rows = [Row(row.source, Action.DROPPED, why=why) if row.is_unknown else row for row in found.rows]
     if missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing ({', '.join(missing[:4])})")
     for key, value in wanted.items():
@@ -218,7 +220,8 @@ def _print_summary(imported: Imported, description: dict[str, Any], destination:
         f"encoder: width {geometry['width']}, {geometry['depth']} blocks, {geometry['num_heads']} heads, patches "
         f"{geometry['patch'][0]} x {geometry['patch'][1]}, at most {geometry['frames']} frames; {head}",
         f"front end: {frontend['_target_'].rpartition('.')[2]}, {frontend['rate_hz']} Hz, "
-        f"{frontend['num_mels']} bands, window {frontend['window_ms']:g} ms, hop {frontend['hop_ms']:g} ms, {frontend['seconds']} s",
+        f"{frontend['num_mels']} bands, window {frontend['window_ms']:g} ms, "
+        f"hop {frontend['hop_ms']:g} ms, {frontend['seconds']} s",
         f"licence: {licence['name']} ({licence['source']}): {licence['note']}",
         f"written: {destination}; audiossl.load({str(destination)!r}) loads it",
     )
