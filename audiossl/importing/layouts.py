@@ -52,6 +52,7 @@ class Layout:
     name: str
     fits: Callable[[Checkpoint], bool]
     translate: Callable[[Checkpoint, Settings], Translation]
+    settings: tuple[str, ...] = ()  # of those that not every layout has
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -63,20 +64,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     tensors, beside, hints = {}, {}, {}
     for name, value in content.items():
+        name = str(name)
         if isinstance(value, Tensor):
             tensors[name] = value
         elif name in ("state_dict", "model", "student", "teacher", "state_dict_ema", "model_state_dict") and _is_state(
             value
         ):
             prefix = f"{name}." if name in ("student", "teacher") else ""
-            tensors |= {prefix + key: tensor for key, tensor in value.items() if isinstance(tensor, Tensor)}
+            tensors |= {prefix + key: tensor for key, tensor in value.items() if _is_weight(key, tensor)}
         elif name in ("args", "hyper_parameters"):
-            hints |= vars(value) if isinstance(value, argparse.Namespace) else dict(value or {})
+            said = vars(value) if isinstance(value, argparse.Namespace) else value
+            hints |= said if isinstance(said, Mapping) else {}
         else:
             beside[name] = type(value).__name__
     if not tensors:
         raise UserError(f"{path}: holds no tensors, only {', '.join(list(content)[:5]) or 'nothing'}")
-    is_flat = all(name in tensors for name in content)
+    is_flat = all(str(name) in tensors for name in content)
     for wrapper in WRAPPERS:
         if all(key.startswith(wrapper) for key in tensors):
             tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
@@ -84,7 +87,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
+    return isinstance(value, Mapping) and any(_is_weight(key, tensor) for key, tensor in value.items())
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def translate(checkpoint: Checkpoint, settings: Settings) -> tuple[str, Translation]:
@@ -97,6 +104,9 @@ def translate(checkpoint: Checkpoint, settings: Settings) -> tuple[str, Translat
         known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
         keys = ", ".join(list(checkpoint.tensors)[:4])
         raise UserError(f"{checkpoint.path}: its keys ({keys}) are of no layout that is known: {known}")
+    for key in ("part", "stride", "like"):
+        if getattr(settings, key) and key not in layout.settings:
+            raise UserError(f"{key}: means nothing for {checkpoint.path}, which is {layout.name}")
     try:
         found = layout.translate(checkpoint, settings)
     except UserError as error:
@@ -124,7 +134,7 @@ def _atst_prefixes(checkpoint: Checkpoint) -> list[str]:
 def _atst_part(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str, str | None]:
     """Choose the encoder of an ATST file: (layout, its prefix, that of its classifier)."""
     prefixes = _atst_prefixes(checkpoint)
-    is_distilled = "model.student." in prefixes
+    is_distilled = any(prefix in ("model.student.", "encoder.encoder.frame_encoder.") for prefix in prefixes)
     wanted = settings.part or ("student" if is_distilled else "teacher")
     parts = {prefix: match.group(1) for prefix in prefixes if (match := re.search(r"(student|teacher)", prefix))}
     if settings.part and "teacher_module" not in "".join(prefixes) and wanted not in parts.values():
@@ -185,9 +195,19 @@ def _has_local_decoder(checkpoint: Checkpoint) -> bool:
     return "decoder_blocks.0.attn.tau" in checkpoint.tensors
 
 
+def _is_image(checkpoint: Checkpoint) -> bool:
+    return timm.is_image_model(checkpoint.tensors)
+
+
+def _translate_image(checkpoint: Checkpoint, settings: Settings) -> Translation:
+    return timm.translate(checkpoint.tensors, settings)
+
+
 LAYOUTS = (
-    Layout("PaSST", lambda c: passt.is_passt(passt.bare_names({"state_dict": c.tensors})), _translate_passt),
-    Layout("ATST", lambda c: bool(_atst_prefixes(c)), _translate_atst),
+    Layout(
+        "PaSST", lambda c: passt.is_passt(passt.bare_names({"state_dict": c.tensors})), _translate_passt, ("stride",)
+    ),
+    Layout("ATST", lambda c: bool(_atst_prefixes(c)), _translate_atst, ("part",)),
     Layout("Audio-MAE, timm's port", _is_port, _translate_audiomae),
     Layout(
         "Audio-MAE, pre-trained with the local decoder",
@@ -200,7 +220,7 @@ LAYOUTS = (
         _translate_audiomae,
     ),
     Layout("Audio-MAE, fine-tuned", _bare_audiomae, _translate_audiomae),
-    Layout("image model of timm", lambda c: timm.is_image_model(c.tensors), lambda c, s: timm.translate(c.tensors, s)),
+    Layout("image model of timm", _is_image, _translate_image, ("stride", "like")),
 )
 
 

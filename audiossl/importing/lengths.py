@@ -30,8 +30,13 @@ def fit_length(found: Translation, settings: Settings) -> None:
         fitting = " or ".join(name for name, of in FITTING.items() if of == kind)
         raise UserError(f"positions={settings.positions}: these positions are {kind} ones, choose {fitting}")
     found.frontend |= settings.frontend
+    bands, own = found.geometry["num_mels"], found.frontend["num_mels"]
+    if own != bands:
+        raise UserError(f"num_mels={own}: these weights hear {bands} mel bands")
     frames = instantiate(found.frontend).frames
     if frames is None or "seconds" not in settings.frontend:
+        if settings.positions and settings.like is None:
+            raise UserError(f"positions={settings.positions}: fitted to which length? give seconds")
         return
     geometry = found.geometry
     rows, columns = _grid(found, geometry["frames"])

@@ -37,14 +37,18 @@ def summarise(rows: Sequence[Row]) -> list[tuple[str, str, str, str, int]]:
 
 
 def fold_dropped(lines: Sequence[tuple[str, str, str, str, int]]) -> list[tuple[str, str, str, str, int]]:
-    """Put neighbours that were dropped for the same reason into one line under their common prefix."""
+    """Put neighbours dropped for the same reason into one line under a prefix that nothing else has."""
     folded: list[tuple[str, str, str, str, int]] = []
+    names: dict[tuple[str, str], list[str]] = {}
+    for source, action, _, why, _ in lines:
+        names.setdefault((action, why), []).append(source)
     for line in lines:
         source, action, ours, why, count = line
         before = folded[-1] if folded else None
-        if before and not ours and action != Action.UNKNOWN and before[1:4] == (action, ours, why):
+        if before and action == Action.DROPPED and before[1:4] == (action, ours, why):
             shared = _shared_prefix(before[0], source)
-            if shared:
+            others = [name for kind, of in names.items() if kind != (action, why) for name in of]
+            if shared and not any(name.startswith(shared) for name in others):
                 folded[-1] = (f"{shared}*", action, ours, why, before[4] + count)
                 continue
         folded.append(line)

@@ -29,7 +29,7 @@ AUDIOMAE_LICENCE = Licence(
 )
 AUDIOMAE_PORT_LICENCE = Licence(
     "CC-BY-4.0",
-    "https://huggingface.co/gaunernst",
+    "https://huggingface.co/gaunernst/vit_base_patch16_1024_128.audiomae_as2m",
     "as the timm port is tagged; the authors' own LICENSE says CC-BY-NC 4.0",
 )
 
@@ -51,7 +51,9 @@ ATST_MEL = dict(  # conf/frontend/atst_mel.yaml
 )
 ATST_SECONDS = {1: 6.01, 0: 10.01}  # of Clip's and Frame's published chunks, by class tokens
 ATST_LICENCE = Licence(
-    "see the repository", "https://github.com/Audio-WestlakeU/audiossl", "no licence of the weights is stated"
+    "see the repository",
+    "https://github.com/Audio-WestlakeU/audiossl",
+    "the terms of code and weights are what it says",
 )
 
 PASST = "audiossl.methods.passt.PaSST"

@@ -38,6 +38,8 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
         raise UserError("an image model: say what it shall become, like=passt or like=audiomae")
     method, published = {"passt": (PASST, PASST_MEL), "audiomae": (AUDIOMAE, KALDI_FBANK)}[settings.like]
     frontend = published | settings.frontend
+    if frontend["seconds"] is None:
+        raise UserError("seconds=null: positions of an image model are made for a length, which must be given")
     width, tokens = theirs["patch_embed.proj.weight"].shape[0], 1
     is_passt = settings.like == "passt"
     if is_passt and "dist_token" in theirs:
@@ -53,7 +55,7 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
         num_heads=heads_of(settings.num_heads, HEADS, width),
         mlp_ratio=theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         qkv_bias="blocks.0.attn.qkv.bias" in theirs,
-        positions="time+frequency" if is_passt else "published",
+        positions="time+frequency" if is_passt else settings.positions or "published",
         num_class_tokens=tokens,
         drop_path=0.0,
         final_norm="norm.weight" in theirs,

@@ -6,6 +6,7 @@ that the weights were trained with, and one `Row` for every tensor of the source
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -96,6 +97,8 @@ class Settings:
         return self.frontend.get("num_mels")
 
 
+NULLABLE, WHOLE = ("seconds", "fmax_hz"), ("rate_hz", "num_mels", "n_fft")
+POSITIVE = (*NULLABLE, *WHOLE, "hop_ms", "window_ms")
 CHOICES = {
     "part": ("teacher", "student"),
     "like": ("passt", "audiomae"),
@@ -146,12 +149,19 @@ def _own_value(key: str, text: str) -> Any:
 
 
 def _number(key: str, text: str) -> int | float | None:
-    if text.lower() in ("null", "none"):
+    if text.lower() in ("null", "none") and key in NULLABLE:
         return None
     try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        number = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
-        raise UserError(f"{key}={text}: must be a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{key}={text}: must be a number")
+    if key in WHOLE and not isinstance(number, int):
+        raise UserError(f"{key}={text}: must be a whole number")
+    if key in POSITIVE and number <= 0:
+        raise UserError(f"{key}={text}: must be above 0")
+    return number
 
 
 def heads_of(num_heads: int | None, published: Mapping[int, int], width: int) -> int:
