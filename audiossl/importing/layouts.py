@@ -195,6 +195,10 @@ def _has_local_decoder(checkpoint: Checkpoint) -> bool:
     return "decoder_blocks.0.attn.tau" in checkpoint.tensors
 
 
+def _is_passt(checkpoint: Checkpoint) -> bool:
+    return passt.is_passt(passt.bare_names({"state_dict": checkpoint.tensors}))
+
+
 def _is_image(checkpoint: Checkpoint) -> bool:
     return timm.is_image_model(checkpoint.tensors)
 
@@ -204,9 +208,7 @@ def _translate_image(checkpoint: Checkpoint, settings: Settings) -> Translation:
 
 
 LAYOUTS = (
-    Layout(
-        "PaSST", lambda c: passt.is_passt(passt.bare_names({"state_dict": c.tensors})), _translate_passt, ("stride",)
-    ),
+    Layout("PaSST", _is_passt, _translate_passt, ("stride",)),
     Layout("ATST", lambda c: bool(_atst_prefixes(c)), _translate_atst, ("part",)),
     Layout("Audio-MAE, timm's port", _is_port, _translate_audiomae),
     Layout(

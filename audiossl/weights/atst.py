@@ -144,7 +144,7 @@ def translate(
     `hints` are the file's own words (`hyper_parameters`, `args`): window and clip length, which shapes do not tell.
     """
     theirs = with_prefix(tensors, prefix)
-    rows = [_row(key, prefix, head) for key in tensors]
+    rows = [_row(key, prefix, head, f"{prefix}cls_token" in tensors) for key in tensors]
     taken = {row.source.removeprefix(prefix) for row in rows if not row.is_unknown and row.source.startswith(prefix)}
     theirs = {key: value for key, value in theirs.items() if key in taken}
     geometry = read_geometry(theirs, settings.num_heads)
@@ -165,16 +165,14 @@ def translate(
     return found
 
 
-def _row(key: str, prefix: str, head: str | None) -> Row:
+def _row(key: str, prefix: str, head: str | None, is_clip: bool) -> Row:
     if key.startswith(prefix):
         bare = key.removeprefix(prefix)
         if bare == "pos_embed":
-            return Row(
-                key,
-                Action.REORDERED,
-                "positions.table",
-                "the first place, a class token's, is kept apart",
-            )
+            if is_clip:
+                ours = "positions.table, positions.class_table"
+                return Row(key, Action.REORDERED, ours, "the first place, the class token's, is kept apart")
+            return Row(key, Action.REORDERED, "positions.table", "without the first place, which Frame never uses")
         if bare == "mask_embed":
             return Row(key, Action.DROPPED, why="mask token, which only pre-training uses")
         if bare == "cls_token":

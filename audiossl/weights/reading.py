@@ -43,7 +43,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can make the unpickler raise anything
-        raise UserError(f"{path}: not read, because it {_reason(error)}") from error
+        raise UserError(f"{path}: not read, because it {_reason(error, path)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -63,15 +63,21 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """Say in a few words why a file was not read; a class that it asks for is named."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return "is empty"
     text = str(error)
     if asked := UNSAFE.search(text):
         return (
             f"asks to run code: it needs {asked.group(1)}, and tensors, plain containers, argparse.Namespace and "
             "numpy's scalars are all that is read from a stranger's file"
         )
-    first = (text.splitlines() or [""])[0] or type(error).__name__
+    if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
+        return "is cut short or damaged: a PyTorch file whose contents cannot be read"
+    first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     broken = (
         "is broken, or asks to run code" if isinstance(error, pickle.UnpicklingError) else "is no PyTorch checkpoint"
     )
