@@ -227,5 +227,9 @@ def test_class_names_must_be_as_many_as_the_classes(tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     said = refused(tmp_path, example(PASST), f"num_heads={heads}", f"labels={tmp_path / 'names.txt'}")
     assert f"2 names, the classifier knows {state['head.1.weight'].shape[0]} classes" in said
+    classes = ["index,mid,display_name", *(f'{n},/m/{n},"Sound, {n}"' for n in range(len(state["head.1.weight"])))]
+    (tmp_path / "class_labels_indices.csv").write_text("\n".join(classes) + "\n")
+    words = (f"num_heads={heads}", f"labels={tmp_path / 'class_labels_indices.csv'}")
+    assert imported(state, tmp_path, *words)[0].labels[:2] == ["Sound, 0", "Sound, 1"]
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert "of no layout that is known" in refused(tmp_path, tmp_path / "a.safetensors")

@@ -46,12 +46,10 @@ PASST |= pair("head.1", 527, WIDTH) | pair("head_dist", 527, WIDTH)
 
 def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Fill tensors as those were that the published code was measured with: numbers follow from the names."""
-    names = {f"{name}!": torch.zeros(shape) for name, shape in shapes.items() if name.endswith("pos_embed")}
-    state = deterministic_state({name: torch.zeros(shape) for name, shape in shapes.items() if f"{name}!" not in names})
-    for name in names:
-        shape = shapes[name.removesuffix("!")]
-        numbers = scramble(math.prod(shape), zlib.crc32(name.removesuffix("!").encode()))
-        state[name.removesuffix("!")] = 0.2 * numbers.reshape(shape)
+    tables = {name: shape for name, shape in shapes.items() if name.endswith("pos_embed")}
+    state = deterministic_state({name: torch.zeros(shape) for name, shape in shapes.items() if name not in tables})
+    for name, shape in tables.items():
+        state[name] = 0.2 * scramble(math.prod(shape), zlib.crc32(name.encode())).reshape(shape)
     return {name: value.float() for name, value in state.items()}
 
 

@@ -26,6 +26,7 @@ from audiossl.features.classifier import LinearHead
 from audiossl.importing.layouts import read_checkpoint, translate
 from audiossl.importing.lengths import fit_length
 from audiossl.importing.report import as_dict, print_report
+from audiossl.packing.audioset import read_classes
 from audiossl.version import __version__
 from audiossl.weights.export import describe, write_export
 from audiossl.weights.published import ATST_MEL, KALDI_FBANK, PASST_MEL
@@ -60,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   seconds=S hop_ms=MS               another clip length or hop: positions are fitted to it
   positions=published|corrected     how Audio-MAE's are fitted: recomputed | each cell keeps its own
   positions=cut|interpolated        how ATST's and PaSST's are fitted
-  labels=FILE                       names of the classes, one a line
+  labels=FILE                       names of the classes, one a line, or class_labels_indices.csv
   allow_unknown=true                drop tensors that are not known instead of refusing them
   overwrite=true                    replace the export in DST
-  front end                         {", ".join(sorted(FRONTEND_KEYS))}"""
+and any key of the front end: {", ".join(sorted(FRONTEND_KEYS))}"""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -168,18 +169,28 @@ def _sha256(path: Path) -> str:
 
 
 def read_labels(path: Path, num_classes: int | None) -> list[str]:
-    """Read the names of the classes, one a line; raise `UserError` where there are not as many as the head knows."""
+    """Read the names of the classes, one a line or from AudioSet's class_labels_indices.csv.
+
+    Raises `UserError` where there are not as many as the head knows.
+    """
     if not path.is_file():
         raise UserError(f"labels={path}: no such file")
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"labels={path}: not a text file") from None
+    if path.suffix == ".csv":
+        names = list(read_classes(path).names)
+    else:
+        names = _lines_of(path)
     if num_classes is None:
         raise UserError(f"labels={path}: these weights have no classifier that could use names")
     if len(names) != num_classes:
         raise UserError(f"labels={path}: {len(names)} names, the classifier knows {num_classes} classes")
     return names
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"labels={path}: not a text file") from None
 
 
 def check_destination(destination: Path, settings: Settings) -> None:

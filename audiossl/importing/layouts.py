@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from audiossl.errors import UserError
+from audiossl.importing.report import contradictions
 from audiossl.weights import atst, audiomae, passt, timm
 from audiossl.weights.published import ATST_DISTILLED
 from audiossl.weights.reading import read_weights
@@ -31,7 +32,6 @@ ATST_ENCODERS = {  # prefix of the encoder: (layout, whose part, prefix of its c
     r"encoder\.encoder\.": ("ATST, fine-tuned", "head."),
     r"": ("ATST, the encoder alone", None),
 }
-ARCHITECTURES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
 
 
 @dataclass(frozen=True)
@@ -224,31 +224,3 @@ LAYOUTS = (
     Layout("Audio-MAE, fine-tuned", _bare_audiomae, _translate_audiomae),
     Layout("image model of timm", _is_image, _translate_image, ("stride", "like")),
 )
-
-
-def contradictions(hints: Mapping[str, Any], found: Translation) -> list[str]:
-    """Say where a file's own words contradict its weights, which are taken: one line each."""
-    geometry, said = found.geometry, []
-    name = str(hints.get("arch", hints.get("model", "")))
-    for size, (width, depth) in ARCHITECTURES.items():
-        if re.search(rf"(^|_){size}(_|$)", name) and (width, depth) != (geometry["width"], geometry["depth"]):
-            key = "arch" if "arch" in hints else "model"
-            said.append(
-                f"the file says {key}={name}, width {width} and depth {depth}; its weights, which are taken, have "
-                f"width {geometry['width']} and depth {geometry['depth']}"
-            )
-    patch, head = geometry["patch"], found.head or {}
-    facts = {
-        **dict.fromkeys(("embed_dim", "width"), geometry["width"]),
-        "depth": geometry["depth"],
-        **dict.fromkeys(("patch_h", "patch_height"), patch[0]),
-        **dict.fromkeys(("patch_w", "patch_width"), patch[1]),
-        "n_mels": geometry["num_mels"],
-        "num_heads": geometry["num_heads"],
-        **dict.fromkeys(("num_labels", "num_classes", "nb_classes"), head.get("num_classes")),
-    }
-    for key, true in facts.items():
-        if true is not None and isinstance(hints.get(key), int) and hints[key] != true:
-            whose = "the family's or yours" if key == "num_heads" else "its weights'"
-            said.append(f"the file says {key}={hints[key]}; {true}, {whose}, is taken")
-    return said

@@ -1,22 +1,23 @@
 """What became of every tensor of a checkpoint?
 
 A table with one line for each kind of tensor (the blocks' count as one), and the same in full, tensor by tensor, for
-programs. Nothing is dropped without a reason in it.
+programs. Nothing is dropped without a reason in it. Where a file's own words contradict its weights, that is said too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiossl.weights.translation import Action, Row
+from audiossl.weights.translation import Action, Row, Translation
 
+ARCHITECTURES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
 NUMBER = re.compile(r"(blocks|layers)\.(\d+)\.")
 
 
@@ -99,3 +100,31 @@ def as_dict(rows: Sequence[Row], missing: Sequence[str]) -> dict[str, Any]:
     """Give the report in full, for a .json."""
     full = [dict(source=row.source, action=row.action, ours=row.ours, why=row.why) for row in rows]
     return {"tensors": full, "missing": list(missing)}
+
+
+def contradictions(hints: Mapping[str, Any], found: Translation) -> list[str]:
+    """Say where a file's own words contradict its weights, which are taken: one line each."""
+    geometry, said = found.geometry, []
+    name = str(hints.get("arch", hints.get("model", "")))
+    for size, (width, depth) in ARCHITECTURES.items():
+        if re.search(rf"(^|_){size}(_|$)", name) and (width, depth) != (geometry["width"], geometry["depth"]):
+            key = "arch" if "arch" in hints else "model"
+            said.append(
+                f"the file says {key}={name}, width {width} and depth {depth}; its weights, which are taken, have "
+                f"width {geometry['width']} and depth {geometry['depth']}"
+            )
+    patch, head = geometry["patch"], found.head or {}
+    facts = {
+        **dict.fromkeys(("embed_dim", "width"), geometry["width"]),
+        "depth": geometry["depth"],
+        **dict.fromkeys(("patch_h", "patch_height"), patch[0]),
+        **dict.fromkeys(("patch_w", "patch_width"), patch[1]),
+        "n_mels": geometry["num_mels"],
+        "num_heads": geometry["num_heads"],
+        **dict.fromkeys(("num_labels", "num_classes", "nb_classes"), head.get("num_classes")),
+    }
+    for key, true in facts.items():
+        if true is not None and isinstance(hints.get(key), int) and hints[key] != true:
+            whose = "the family's or yours" if key == "num_heads" else "its weights'"
+            said.append(f"the file says {key}={hints[key]}; {true}, {whose}, is taken")
+    return said
