@@ -71,7 +71,9 @@ def test_a_broken_file_is_named_in_one_line(name, content, said, tmp_path):
 
 
 def test_folders_missing_files_and_files_without_weights_are_named(tmp_path):
-    assert "a folder" in refused(tmp_path, tmp_path)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    assert "is a TorchScript program" in refused(tmp_path, tmp_path / "program.pt")
+    assert "a folder, not a file; it holds program.pt" in refused(tmp_path, tmp_path)
     assert "no such file" in refused(tmp_path, tmp_path / "missing.pth")
     torch.save({"epoch": 3, "args": argparse.Namespace(lr=1.0)}, tmp_path / "bare.pth")
     assert "holds no tensors" in refused(tmp_path, tmp_path / "bare.pth")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
 
+CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 UNSAFE = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+\.\w+)")
 HARMLESS = [
     argparse.Namespace,
@@ -36,7 +37,8 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's dict on the CPU; raise `UserError` naming the file if it is missing, broken or unsafe."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: a folder, not a file")
+        found = sorted(file.name for file in path.iterdir() if file.suffix in CHECKPOINTS)[:4]
+        raise UserError(f"{path}: a folder, not a file; it holds {', '.join(found) or 'no checkpoint'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -75,6 +77,8 @@ def _reason(error: Exception, path: Path) -> str:
             f"asks to run code: it needs {asked.group(1)}, and tensors, plain containers, argparse.Namespace and "
             "numpy's scalars are all that is read from a stranger's file"
         )
+    if "TorchScript" in text:
+        return "is a TorchScript program, which is code; ask for its state_dict"
     if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
         return "is cut short or damaged: a PyTorch file whose contents cannot be read"
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
