@@ -9,6 +9,7 @@ from maes import audiomae, published
 from safetensors.torch import load_file
 
 from audiossl.errors import UserError
+from audiossl.importing.lengths import cut_positions
 from audiossl.parts.positions import SinCosPositions, sincos_table
 from audiossl.patches import (
     PatchEmbed,
@@ -18,7 +19,7 @@ from audiossl.patches import (
     spread_from_visible,
     unpatchify,
 )
-from audiossl.weights.audiomae import cut_positions, resize_image_positions, rgb_to_mono
+from audiossl.weights.timm import resize_image_positions, rgb_to_mono
 
 POSITIONS = golden_cases("posembed_mae")
 

@@ -8,6 +8,7 @@ fine-tuned, `encoder.encoder.*` and `head.*`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,22 @@ from typing import Any
 from torch import Tensor
 
 from audiossl.errors import UserError
+from audiossl.weights.published import ATST, ATST_LICENCE, ATST_MEL, ATST_SECONDS
 from audiossl.weights.reading import read_torch_file
+from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # of the published widths; shapes do not tell
 PATCH = (64, 4)  # mel bands, frames
 HEAD = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "linear.weight", "linear.bias")
+LEFT_OUT = {  # what the file holds beside the encoder asked for
+    r"(model\.)?(student|teacher)\.(projector|predictor)\..*": "projector and predictor, which only pre-training uses",
+    r"(student|teacher)\.(module\.)?head\..*": "projector and predictor, which only pre-training uses",
+    r"(model\.)?teacher\..*": "the teacher; part=teacher takes it",
+    r"(model\.)?student\..*": "the student; part=student takes it",
+    r"model\.(projector|project_linear)\..*": "what the student was distilled through",
+    r"model\.linear\..*": "the student's classifier; part=student takes it",
+    r"encoder\.encoder\.teacher_module\..*": "the teacher that it was distilled from",
+}
 RENAMED = {"patch_embed.patch_embed.": "patch_embed.proj.", "norm_frame.": "norm.", "norm.": "", "blocks.": ""}
 
 
@@ -99,16 +111,12 @@ def import_encoder(theirs: Mapping[str, Tensor], name: str = "the state dict") -
 def read_geometry(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[str, Any]:
     """Read an encoder's sizes off its shapes; raise `UserError` for unpublished widths without `num_heads`."""
     places, width = theirs["pos_embed"].shape[1:]
-    if num_heads is None and width not in HEADS:
-        raise UserError(
-            f"a checkpoint does not tell its heads, and a width of {width} is not a published one: give num_heads"
-        )
     return {
         "patch": list(PATCH),
         "stride": list(PATCH),
         "width": width,
         "depth": 1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("blocks.")),
-        "num_heads": num_heads or HEADS[width],
+        "num_heads": heads_of(num_heads, HEADS, width),
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in theirs,
         "position_frames": (places - 1) * PATCH[1] + 1,  # 1001 of 10 s
@@ -126,3 +134,96 @@ def read_state(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, 
 def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the tensors under a prefix, and the prefix off their names."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def translate(
+    tensors: Mapping[str, Tensor], prefix: str, head: str | None, settings: Settings, hints: Mapping[str, Any]
+) -> Translation:
+    """Translate the encoder under `prefix`, and the classifier under `head`, None where there is none to take.
+
+    `hints` are the file's own words (`hyper_parameters`, `args`): window and clip length, which shapes do not tell.
+    """
+    theirs = with_prefix(tensors, prefix)
+    rows = [_row(key, prefix, head, f"{prefix}cls_token" in tensors) for key in tensors]
+    taken = {row.source.removeprefix(prefix) for row in rows if not row.is_unknown and row.source.startswith(prefix)}
+    theirs = {key: value for key, value in theirs.items() if key in taken}
+    geometry = read_geometry(theirs, settings.num_heads)
+    classes = geometry["num_class_tokens"]
+    frames = geometry.pop("position_frames")
+    found = Translation(
+        method=ATST[classes],
+        encoder=import_encoder(theirs),
+        geometry=geometry | dict(num_mels=PATCH[0], frames=frames, positions="learned", drop_path=0.0),
+        frontend=ATST_MEL | {"seconds": min(ATST_SECONDS[classes], frames / 100)},
+        licence=ATST_LICENCE,
+        rows=rows,
+        mask_padding=True,
+    )
+    _hear_hints(found, hints)
+    if head is not None:
+        _add_head(found, with_prefix(tensors, head))
+    return found
+
+
+def _row(key: str, prefix: str, head: str | None, is_clip: bool) -> Row:
+    if key.startswith(prefix):
+        bare = key.removeprefix(prefix)
+        if bare == "pos_embed":
+            if is_clip:
+                ours = "positions.table, positions.class_table"
+                return Row(key, Action.REORDERED, ours, "the first place, the class token's, is kept apart")
+            return Row(key, Action.REORDERED, "positions.table", "without the first place, which Frame never uses")
+        if bare == "mask_embed":
+            return Row(key, Action.DROPPED, why="mask token, which only pre-training uses")
+        if bare == "cls_token":
+            return row(key, key, "class_token")
+        known = next((known for known in RENAMED if bare.startswith(known)), None)
+        if known is not None:
+            ours = (RENAMED[known] or known) + bare.removeprefix(known)
+            why = "a Linear over 64 x 4 cells as the convolution it is" if ours == "patch_embed.proj.weight" else ""
+            return row(key, key, ours, why=why)
+    elif head is not None and key.startswith(head):
+        bare = key.removeprefix(head)
+        if bare in HEAD:
+            return row(key, key, f"head.{bare}")
+    else:
+        for pattern, why in LEFT_OUT.items():
+            if re.fullmatch(pattern, key):
+                return Row(key, Action.DROPPED, why=why)
+    return Row(key, Action.UNKNOWN)
+
+
+def _hear_hints(found: Translation, hints: Mapping[str, Any]) -> None:
+    """Take from the file's own words what shapes do not tell, and say so."""
+    window = hints.get("win_length")
+    if isinstance(window, int) and window * 1000 != found.frontend["window_ms"] * found.frontend["rate_hz"]:
+        found.frontend["window_ms"] = window * 1000 / found.frontend["rate_hz"]
+        found.notes.append(f"window_ms={found.frontend['window_ms']:g}: the file says win_length={window}")
+    length = hints.get("train_len", hints.get("anchor_len"))
+    length = length[0] if isinstance(length, list | tuple) and length else length
+    if isinstance(length, int | float) and 1 <= length <= found.geometry["frames"] / 100:
+        seconds = round(length + 0.01, 2)
+        if seconds != found.frontend["seconds"]:
+            found.frontend["seconds"] = seconds
+            found.notes.append(f"seconds={seconds:g}: the file was trained on clips of {length:g} s")
+    if hints.get("pos_type", "cut") != "cut":
+        found.warnings.append(
+            f"the file says pos_type={hints['pos_type']}: give positions=interpolated and seconds=..."
+        )
+
+
+def _add_head(found: Translation, weights: dict[str, Tensor]) -> None:
+    weights = {key: value for key, value in weights.items() if key in HEAD}
+    if "linear.weight" not in weights:
+        return
+    classes, width_in = weights["linear.weight"].shape
+    width, is_clip = found.geometry["width"], found.geometry["num_class_tokens"]
+    is_normed = "norm.running_mean" in weights
+    poolings = {2 * width: "class+mean", width: "class"} if is_clip else {width: "mean" if is_normed else "tokens"}
+    if width_in not in poolings:
+        raise UserError(
+            f"a classifier of {width_in} features on an encoder of width {width}: of several blocks, as none of ours"
+        )
+    norm = "batch" if is_normed else "none"
+    found.head = dict(width_in=width_in, num_classes=classes, pooling=poolings[width_in], norm=norm, eps=1e-5)
+    found.head_weights = weights

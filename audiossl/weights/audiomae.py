@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from audiossl.errors import UserError
 from audiossl.parts.positions import sincos_table
+from audiossl.weights.published import AUDIOMAE, AUDIOMAE_LICENCE, AUDIOMAE_PORT_LICENCE, KALDI_FBANK
 from audiossl.weights.reading import read_torch_file
+from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths; shapes do not tell
 DECODER_HEADS = {512: 16}
@@ -31,6 +32,11 @@ DECODER = {
     "decoder_pred.": "predict.",
 }
 LEFT_OVER = ("encoder_emb.", "decoder_emb_pixel.")  # unused parts that old files hold
+HEAD = {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in (("fc_norm", "norm"), ("head", "linear"))
+    for kind in ("weight", "bias")
+}
 
 
 def import_pretrained(
@@ -121,44 +127,45 @@ def read_geometry(
     theirs: dict[str, Tensor], num_mels: int, num_heads: int | None, decoder_num_heads: int | None
 ) -> dict[str, Any]:
     """Read sizes off the shapes; `grid` (rows, columns) comes with them."""
-    width, _, patch, _ = theirs["patch_embed.proj.weight"].shape
-    decoder_width = theirs["mask_token"].shape[-1]
-    stride, grid = _read_grid(theirs["pos_embed"], patch, num_mels)
+    geometry = encoder_geometry(theirs, num_mels, num_heads)
+    decoder_width, stride, patch = theirs["mask_token"].shape[-1], geometry["stride"], geometry["patch"]
     tau = theirs.get("decoder_blocks.0.attn.tau")
-    overlapping = stride != patch
-    frames = patch * -(-((grid[1] - 1) * stride + patch) // patch)  # overlap leaves a remainder: 101 columns of 1024
+    decoder_heads = len(tau) if tau is not None else decoder_num_heads or DECODER_HEADS.get(decoder_width)
+    if decoder_heads is None:
+        raise UserError(
+            f"a checkpoint does not tell its heads, and a decoder of width {decoder_width} is not a published one: "
+            "give decoder_num_heads"
+        )
+    return geometry | {
+        "decoder": "global" if tau is None else "local",
+        "decoder_width": decoder_width,
+        "decoder_depth": _count(theirs, "decoder_blocks."),
+        "decoder_num_heads": decoder_heads,
+        "decoder_window": 6 if stride != patch else 4,
+        "decoder_shift": "time",
+    }
+
+
+def encoder_geometry(theirs: dict[str, Tensor], num_mels: int, num_heads: int | None) -> dict[str, Any]:
+    """Read the encoder's sizes off the shapes; `grid` (rows, columns) comes with them."""
+    width, _, patch, _ = theirs["patch_embed.proj.weight"].shape
+    stride, grid = _read_grid(theirs["pos_embed"], patch, num_mels)
     return {
         "num_mels": num_mels,
-        "frames": frames,
+        "frames": patch * -(-((grid[1] - 1) * stride + patch) // patch),  # overlap leaves a rest: 101 columns of 1024
         "grid": grid,
         "patch": patch,
         "stride": stride,
         "width": width,
         "depth": _count(theirs, "blocks."),
-        "num_heads": _heads(num_heads, HEADS, width, "num_heads"),
+        "num_heads": heads_of(num_heads, HEADS, width),
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        "positions": _read_positions(theirs["pos_embed"], grid, overlapping),
-        "decoder": "global" if tau is None else "local",
-        "decoder_width": decoder_width,
-        "decoder_depth": _count(theirs, "decoder_blocks."),
-        "decoder_num_heads": len(tau)
-        if tau is not None
-        else _heads(decoder_num_heads, DECODER_HEADS, decoder_width, "decoder_num_heads"),
-        "decoder_window": 6 if overlapping else 4,
-        "decoder_shift": "time",
+        "positions": _read_positions(theirs["pos_embed"], grid, stride != patch),
     }
 
 
 def _count(theirs: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in theirs if key.startswith(prefix))
-
-
-def _heads(given: int | None, published: dict[int, int], width: int, name: str) -> int:
-    if given is None and width not in published:
-        raise UserError(
-            f"a checkpoint does not tell its heads, and a width of {width} is not a published one: give {name}"
-        )
-    return published[width] if given is None else given
 
 
 def _read_grid(table: Tensor, patch: int, num_mels: int) -> tuple[int, tuple[int, int]]:
@@ -182,30 +189,58 @@ def _read_grid(table: Tensor, patch: int, num_mels: int) -> tuple[int, tuple[int
 
 def _read_positions(table: Tensor, grid: tuple[int, int], overlapping: bool) -> str:
     ours = frequency_first(table.float(), *grid)
+    atol = 1e-5 if table.dtype in (torch.float32, torch.float64) else 1e-2
     for name in ("published", "corrected"):
-        if torch.allclose(sincos_table(grid, table.shape[2], positions=name, overlapping=overlapping), ours, atol=1e-5):
+        if torch.allclose(sincos_table(grid, table.shape[2], positions=name, overlapping=overlapping), ours, atol=atol):
             return name
     raise UserError("the position table is no sine-cosine code of this grid: was it trained with another num_mels?")
 
 
-def cut_positions(table: Tensor, rows: int, columns: int, kept_columns: int) -> Tensor:
-    """Shorten the authors' table (1, 1 + rows * columns, D) as their fine-tuning code does: keeps the class token.
+def translate(theirs: dict[str, Tensor], settings: Settings, *, is_port: bool) -> Translation:
+    """Translate a pre-trained or fine-tuned encoder, with its classifier if it has one; `is_port`: timm's names for it.
 
-    It views the table as (frequency, time) and keeps the first `kept_columns` of the second axis. Their tokens run the
-    other way, so a kept row stands for another cell than it was trained for: `corrected` tables have no such trouble.
+    What has no counterpart stays behind, and the rows say why. Raises `UserError` for sizes that do not fit.
     """
-    cells = table[:, 1:].unflatten(1, (rows, columns))[:, :, :kept_columns].flatten(1, 2)
-    return torch.cat([table[:, :1], cells], dim=1)
+    frontend = KALDI_FBANK | settings.frontend
+    geometry = encoder_geometry(theirs, frontend["num_mels"], settings.num_heads)
+    patch, stride = ([geometry.pop(key)] * 2 for key in ("patch", "stride"))
+    del geometry["grid"]
+    geometry |= dict(patch=patch, stride=stride, drop_path=0.0, final_norm="norm.weight" in theirs)
+    has_head, is_mean = "head.weight" in theirs, "fc_norm.weight" in theirs
+    found = Translation(
+        method=AUDIOMAE,
+        encoder=import_encoder(theirs, num_mels=frontend["num_mels"]),
+        geometry=geometry,
+        frontend=KALDI_FBANK | {"seconds": geometry["frames"] * frontend["hop_ms"] / 1000},
+        licence=AUDIOMAE_PORT_LICENCE if is_port else AUDIOMAE_LICENCE,
+        rows=[_row(key, theirs, has_head) for key in theirs],
+    )
+    if has_head:
+        classes, width = theirs["head.weight"].shape
+        pooling = dict(pooling="mean", norm="layer") if is_mean else dict(pooling="class", norm="none")  # timm's rule
+        found.head = dict(width_in=width, num_classes=classes, eps=1e-6, **pooling)
+        found.head_weights = {ours: theirs[key] for key, ours in HEAD.items() if key in theirs}
+    elif is_mean:
+        found.warnings.append("fc_norm, which normalises the mean of the tokens for a classifier, is left out")
+    if not {"mean", "std"} <= settings.frontend.keys():
+        found.notes.append(
+            "mean and std are AudioSet's; weights tuned elsewhere need mean=... std=... (ESC-50: -6.6268077, 5.358466)"
+        )
+    return found
 
 
-def resize_image_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Stretch a square image model's table (1, 1 + n * n, D) to a grid (1, 1 + rows * columns, D), bicubic."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    image = rearrange(table[:, 1:], "1 (h w) d -> 1 d h w", h=side)
-    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], rearrange(image, "1 d h w -> 1 (h w) d")], dim=1)
-
-
-def rgb_to_mono(kernel: Tensor) -> Tensor:
-    """Sum a patch kernel (D, 3, p, p) over the colours: (D, 1, p, p)."""
-    return kernel.sum(1, keepdim=True)
+def _row(key: str, theirs: dict[str, Tensor], has_head: bool) -> Row:
+    if key in HEAD:
+        return row(key, key, f"head.{HEAD[key]}") if has_head else Row(key, Action.DROPPED, why="no classifier")
+    if key == "pos_embed":
+        return Row(key, Action.REORDERED, "positions.table", "time-major to frequency-major; first place: cls_token")
+    if key == "cls_token":
+        added = float(theirs["pos_embed"][:, 0].abs().max())
+        return Row(key, Action.CHANGED, "class_token", f"plus the first place of pos_embed, at most {added:.3g}")
+    if key == "patch_embed.proj.weight":
+        return Row(key, Action.TRANSPOSED, key, "(time, frequency) to (frequency, time)")
+    if key.startswith(tuple(DECODER)):
+        return Row(key, Action.DROPPED, why="decoder, which only pre-training uses")
+    if key.startswith(LEFT_OVER):
+        return Row(key, Action.DROPPED, why="no forward pass of the published code uses it")
+    return row(key, key, key) if key.startswith(tuple(ENCODER)) else Row(key, Action.UNKNOWN)

@@ -18,7 +18,9 @@ from torch.nn.functional import interpolate
 
 from audiossl.errors import UserError
 from audiossl.patches import grid_of
+from audiossl.weights.published import PASST, PASST_LICENCE, PASST_MEL
 from audiossl.weights.reading import read_torch_file
+from audiossl.weights.translation import Action, Row, Settings, Translation, row
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,13 @@ STRIDES = (16, 14, 12, 10)  # published; a file tells only how many rows they le
 TOKENS = ("cls_token", "new_pos_embed", "freq_new_pos_embed", "time_new_pos_embed")
 BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 LEFT_OUT = ("head_dist.weight", "head_dist.bias")  # no forward pass of theirs uses them
+
+RENAMED = {"new_pos_embed": "positions.class_table"} | {
+    f"head.{n}.{kind}": f"head.{part}.{kind}"
+    for n, part in enumerate(("norm", "linear"))
+    for kind in ("weight", "bias")
+}
+LONGER_HOPS = {"stfthop160": 5, "stfthop100": 3.125}  # samples in a file's name: ms at 32 kHz
 
 
 def import_pretrained(
@@ -72,6 +81,66 @@ def import_encoder(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "positions.time": theirs["time_new_pos_embed"][0].permute(1, 2, 0).contiguous(),
     }
     return ours | {key: value for key, value in theirs.items() if key.startswith(("blocks.", "norm.", "patch_embed."))}
+
+
+def translate(theirs: dict[str, Tensor], settings: Settings, *, file_name: str = "") -> Translation:
+    """Translate an encoder and its classifier from a state dict with bare names.
+
+    `file_name` tells the hop of the published variants; otherwise a time table of 320 columns does, and `hop_ms=`.
+    """
+    geometry = read_geometry(theirs, settings.num_mels or PASST_MEL["num_mels"], settings.num_heads, settings.stride)
+    columns, stride = theirs["time_new_pos_embed"].shape[3], geometry["stride_time"]
+    classes, width = theirs["head.1.weight"].shape if "head.1.weight" in theirs else (None, geometry["width"])
+    hop_ms, notes = _hop_of(columns * stride, file_name, settings)
+    seconds = round(columns * stride * hop_ms / 1000)
+    frames, cells = geometry["position_frames"], ((geometry["patch"],) * 2, (geometry["stride"], stride))
+    if seconds == 0 or grid_of(geometry["num_mels"], round(seconds * 1000 / hop_ms), *cells)[1] > columns:
+        seconds = frames * hop_ms / 1000
+    sizes = {key: geometry[key] for key in ("num_mels", "width", "depth", "num_heads", "mlp_ratio")}
+    cut = dict(frames=frames, patch=[geometry["patch"]] * 2, stride=[geometry["stride"], stride])
+    tokens = dict(positions="time+frequency", num_class_tokens=2 if geometry["distilled"] else 1)
+    result = Translation(
+        method=PASST,
+        encoder=import_encoder(theirs),
+        geometry=sizes | cut | tokens | dict(drop_path=0.0),
+        frontend=PASST_MEL | {"seconds": seconds, "hop_ms": hop_ms},
+        licence=PASST_LICENCE,
+        rows=[_row(key) for key in theirs],
+        notes=notes,
+    )
+    if classes is not None:
+        result.head = dict(width_in=width, num_classes=classes, pooling="class", norm="layer", eps=1e-5)
+        result.head_weights = import_head(theirs)
+    return result
+
+
+def _hop_of(frames: int, file_name: str, settings: Settings) -> tuple[float, list[str]]:
+    """Tell the hop in ms: given, in the name of the published file, or the only one its table fits."""
+    if "hop_ms" in settings.frontend:
+        return settings.frontend["hop_ms"], []
+    for name, hop_ms in LONGER_HOPS.items():
+        if name in file_name:
+            return hop_ms, [f"hop_ms={hop_ms:g}, as {name} in the file's name says"]
+    if frames == 3200:
+        return 3.125, ["hop_ms=3.125: the published table of 320 columns is that of 10 s in steps of 100 samples"]
+    if frames == 2000:
+        return 10, [
+            "a table of 200 columns is that of 20 s, or of 10 s at hop_ms=5: 20 s are taken, as no name says otherwise"
+        ]
+    return 10, []
+
+
+def _row(key: str) -> Row:
+    if key in ("cls_token", "dist_token"):
+        return Row(key, Action.CHANGED, "class_token", "class and distillation token side by side")
+    if key in ("freq_new_pos_embed", "time_new_pos_embed"):
+        ours = "positions.frequency" if key.startswith("freq") else "positions.time"
+        return Row(key, Action.TRANSPOSED, ours, "(1, D, rows, columns) to (rows, columns, D)")
+    if key in RENAMED:
+        return row(key, key, RENAMED[key])
+    if key in LEFT_OUT:
+        return Row(key, Action.DROPPED, why="no forward pass of theirs uses it")
+    return row(key, key, key) if key.startswith(("blocks.", "norm.", "patch_embed.")) else Row(key, Action.UNKNOWN)
 
 
 def is_passt(state: dict[str, Tensor]) -> bool:
@@ -148,5 +217,5 @@ def read_geometry(
         "num_heads": HEADS[width] if num_heads is None else num_heads,
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "distilled": "dist_token" in theirs,
-        "num_classes": theirs["head.1.weight"].shape[0],
+        "num_classes": len(theirs["head.1.weight"]) if "head.1.weight" in theirs else None,
     }

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
 
+CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+UNSAFE = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+\.\w+)")
 HARMLESS = [
     argparse.Namespace,
     np.dtype,
@@ -32,20 +36,56 @@ HARMLESS = [
 def read_torch_file(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's dict on the CPU; raise `UserError` naming the file if it is missing, broken or unsafe."""
     path = Path(path)
+    if path.is_dir():
+        found = sorted(file.name for file in path.iterdir() if file.suffix in CHECKPOINTS)[:4]
+        raise UserError(f"{path}: a folder, not a file; it holds {', '.join(found) or 'no checkpoint'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can make the unpickler raise anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        kind = (
-            "broken, or it asks to run code" if isinstance(error, pickle.UnpicklingError) else "no PyTorch checkpoint"
-        )
-        raise UserError(f"{path}: not read, because it is {kind} ({reason})") from error
+        raise UserError(f"{path}: not read, because it {_reason(error, path)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's dict as `read_torch_file` does, or the tensors of a .safetensors that is not ours."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return read_torch_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "description" in (file.metadata() or {}):
+                raise UserError(f"{path}: an export of ours, which needs no import: audiossl.load reads it")
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Say in a few words why a file was not read; a class that it asks for is named."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return "is empty"
+    text = str(error)
+    if asked := UNSAFE.search(text):
+        return (
+            f"asks to run code: it needs {asked.group(1)}, and tensors, plain containers, argparse.Namespace and "
+            "numpy's scalars are all that is read from a stranger's file"
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript program, which is code; ask for its state_dict"
+    if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
+        return "is cut short or damaged: a PyTorch file whose contents cannot be read"
+    first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    broken = (
+        "is broken, or asks to run code" if isinstance(error, pickle.UnpicklingError) else "is no PyTorch checkpoint"
+    )
+    return f"{broken} ({first})"
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

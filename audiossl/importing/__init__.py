@@ -1,0 +1,1 @@
+"""Published checkpoints in: recognised by their keys, fitted to a length, reported tensor by tensor."""
