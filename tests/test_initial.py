@@ -137,7 +137,7 @@ def test_a_run_starts_from_the_atst_authors_teacher_or_fine_tuned_encoder(case, 
     model = "atst_clip" if "clip" in case.name else "atst_frame"
     method = build_atst(model, width=48, depth=4, num_heads=3)
     started = start_from(method, config_for(model, case / file))
-    assert "ATST's" in started["init"] and started["licence"]["name"] == "MIT"
+    assert "(ATST" in started["init"] and started["licence"]["name"] == "MIT"
     state = torch.load(case / file, weights_only=True)["state_dict"]
     theirs = state.get("model.teacher.encoder.blocks.1.attn.qkv.weight")
     theirs = state["encoder.encoder.blocks.1.attn.qkv.weight"] if theirs is None else theirs

@@ -57,7 +57,11 @@ class Layout:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a file without running code in it; raise `UserError` where it holds no tensors, or is ours."""
-    content = read_weights(path)
+    return checkpoint_of(path, read_weights(path))
+
+
+def checkpoint_of(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+    """Sort what was read from `path` into tensors, words about them and the rest; raise as `read_checkpoint` does."""
     if "audiossl" in content and "state_dict" in content:
         raise UserError(
             f"{path}: a checkpoint of ours; its run's folder has encoder.safetensors, which needs no import"

@@ -1,28 +1,27 @@
 """Where can an encoder start from?
 
-From a run, a checkpoint or an exported encoder of ours, from the authors' files, or from an image model of timm: their
-blocks have the same names, the three colour kernels of the patch embedding are summed (as Audio-MAE and PaSST do). Its
-image positions are split into rows and columns where ours are (PaSST), and left behind where ours are another table.
+From a run, a checkpoint or an exported encoder of ours, from any file that `audiossl import` recognises, or from an
+image model of timm.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
+from audiossl.importing.layouts import checkpoint_of, translate
 from audiossl.parts.positions import AxisPositions, SinCosPositions
-from audiossl.weights import atst, passt
-from audiossl.weights.audiomae import import_encoder, is_audiomae
 from audiossl.weights.export import read_export, read_safetensors
-from audiossl.weights.origins import LICENCES, published_frontend
+from audiossl.weights.origins import family_of, published_frontend
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
+from audiossl.weights.timm import from_timm, is_image_model
+from audiossl.weights.translation import Settings
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,17 @@ def encoder_weights(source: str, encoder: Encoder) -> Start:
     path = Path(source)
     path = path / "encoder.safetensors" if path.is_dir() and (path / "encoder.safetensors").exists() else path
     if path.suffix == ".safetensors":
-        if _is_timm(tensors := read_safetensors(path)[1]):
-            return Start(from_timm(tensors, encoder), f"image weights {path}")
+        header, tensors = read_safetensors(path)
+        if "description" not in header:
+            return _from_authors(path, tensors, encoder)
         description, own = read_export(path)
         own = _fit_positions({k: v for k, v in own.items() if not k.startswith("head.")}, encoder)
         return Start(own, f"encoder {path}", description["frontend"], description.get("licence"))
     path = newest_checkpoint(path) if path.is_dir() else path
-    checkpoint = read_torch_file(path)
-    if "audiossl" in checkpoint:
-        return _from_checkpoint(checkpoint, path, encoder)
-    return _from_authors(checkpoint, path, encoder)
+    content = read_torch_file(path)
+    if "audiossl" in content:
+        return _from_checkpoint(content, path, encoder)
+    return _from_authors(path, content, encoder)
 
 
 def _from_checkpoint(checkpoint: dict[str, Any], path: Path, encoder: Encoder) -> Start:
@@ -70,61 +70,15 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path, encoder: Encoder) -
     return Start(_fit_positions(found, encoder), origin, heard, licence)
 
 
-def _from_authors(checkpoint: dict[str, Any], path: Path, encoder: Encoder) -> Start:
+def _from_authors(path: Path, content: Mapping[str, Any], encoder: Encoder) -> Start:
     """Take the encoder of a published file, or of an image model; raise `UserError` for what is neither."""
-    state = checkpoint.get("model", checkpoint)
-    if is_audiomae(state):
-        family, name, found = "audiomae", "Audio-MAE", import_encoder(state)
-    elif _is_timm(state):
-        return Start(from_timm(state, encoder), f"image weights {path}")
-    elif passt.is_passt(theirs := passt.bare_names(checkpoint)):
-        family, name, found = "passt", "PaSST", passt.import_encoder(theirs)
-    elif theirs := _atst_encoder(checkpoint):
-        family, name, found = "atst", "ATST", atst.import_encoder(theirs, str(path))
-    else:
-        raise UserError(
-            f"init={path}: neither ours, Audio-MAE's, ATST's, PaSST's nor a timm vision transformer: "
-            f"keys {list(state)[:4]}"
-        )
-    fitted = _fit_positions(found, encoder)
-    return Start(fitted, f"{name}'s {path}", published_frontend(family), LICENCES[family])
-
-
-def _atst_encoder(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Find an ATST encoder in a Lightning file, the teacher's before the student's as published; empty without one."""
-    state = checkpoint.get("state_dict", {})
-    for prefix in ("model.teacher.encoder.", "encoder.encoder."):
-        if f"{prefix}patch_embed.patch_embed.weight" in state:
-            return atst.with_prefix(state, prefix)
-    return {}
-
-
-def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """Turn a timm vision transformer's state dict into ours: RGB kernels summed, resized to our patch if need be."""
-    kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
-    if tuple(kernel.shape[-2:]) != encoder.patch:
-        kernel = interpolate(kernel, encoder.patch, mode="bicubic", antialias=True)
-    ours = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": state["patch_embed.proj.bias"]}
-    if encoder.num_class_tokens:
-        tokens = [state["cls_token"], state.get("dist_token", state["cls_token"])]
-        ours["class_token"] = torch.cat(tokens[: encoder.num_class_tokens], dim=1)
-    ours |= _image_positions(state, encoder)
-    ours |= {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
-    return ours
-
-
-def _image_positions(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """Take what the model's positions can use of a square image's.
-
-    Where the image model has no distillation token, ours starts as a copy of its class token, position included.
-    """
-    own = {f"positions.{name}": value.detach().clone() for name, value in encoder.positions.state_dict().items()}
-    if not isinstance(encoder.positions, AxisPositions):
-        return own
-    table, num_tokens = state["pos_embed"], 2 if "dist_token" in state else 1
-    if encoder.num_class_tokens:
-        own["positions.class_table"] = table[:, [0, num_tokens - 1][: encoder.num_class_tokens]]
-    return own | passt.split_image_positions(table, encoder.grid, num_tokens)
+    checkpoint = checkpoint_of(path, content)
+    if is_image_model(checkpoint.tensors):
+        return Start(from_timm(checkpoint.tensors, encoder), f"image weights {path}")
+    stride = encoder.stride if isinstance(encoder.positions, AxisPositions) else None
+    layout, found = translate(checkpoint, Settings(num_heads=encoder.geometry["num_heads"], stride=stride))
+    heard = published_frontend(family_of(found.frontend))
+    return Start(_fit_positions(found.encoder, encoder), f"{path} ({layout})", heard, asdict(found.licence))
 
 
 def describe_mismatch(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
@@ -154,11 +108,6 @@ def _fit_positions(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tens
         columns = own[name].shape[1]
         found = found | {key: own[name].detach().clone() if is_fixed else found[key][:, :columns].contiguous()}
     return found
-
-
-def _is_timm(state: dict[str, Any]) -> bool:
-    kernel = state.get("patch_embed.proj.weight")
-    return isinstance(kernel, torch.Tensor) and kernel.ndim == 4 and kernel.shape[1] == 3 and "cls_token" in state
 
 
 def _download(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -9,48 +9,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import yaml
-
 from audiossl.errors import UserError
+from audiossl.weights.published import (
+    ATST_LICENCE,
+    ATST_MEL,
+    AUDIOMAE_LICENCE,
+    KALDI_FBANK,
+    PASST_LICENCE,
+    PASST_MEL,
+)
 
 log = logging.getLogger(__name__)
 
-PUBLISHED = {"audiomae": "kaldi_fbank", "atst": "atst_mel", "passt": "passt_mel"}  # files of conf/frontend
-VARIANTS = {  # of which a file does not tell its own: all that were published, and what AudioSet was normalised by
-    "audiomae": {"mean": -4.2677393, "std": 4.5689974},
-    "atst": {"window_ms": (64, 40)},
-    "passt": {"hop_ms": (10, 5, 3.125)},
+FAMILIES = {  # front end of the published weights, licence, and where a file does not tell: all values published
+    "audiomae": (KALDI_FBANK, AUDIOMAE_LICENCE, {}),
+    "atst": (ATST_MEL, ATST_LICENCE, {"window_ms": (64, 40)}),
+    "passt": (PASST_MEL, PASST_LICENCE, {"hop_ms": (10, 5, 3.125)}),
 }
-LICENCES = {
-    "audiomae": {
-        "name": "CC-BY-NC-4.0",
-        "source": "https://github.com/facebookresearch/AudioMAE",
-        "note": "by its LICENSE; its README says CC-BY-4.0, so take it as non-commercial until the authors say",
-    },
-    "atst": {
-        "name": "MIT",
-        "source": "https://github.com/Audio-WestlakeU/audiossl",
-        "note": "its LICENSE names the checkpoints too",
-    },
-    "passt": {
-        "name": "CC-BY-4.0",
-        "source": "https://github.com/kkoutini/PaSST",
-        "note": "of the weights; the code is Apache-2.0",
-    },
-}
+LICENCES = {family: asdict(licence) for family, (_, licence, _) in FAMILIES.items()}
 FREE = ("seconds",)  # how much of a clip is heard, not how
 OF_THE_CORPUS = ("mean", "std")  # data sets have their own
 IN_TRAINING = ("fmin_jitter_hz", "fmax_jitter_hz")  # augmentation
 
 
+def family_of(frontend: Mapping[str, Any]) -> str:
+    """Name the family whose front end these settings are of."""
+    return next(name for name, (own, _, _) in FAMILIES.items() if own["_target_"] == frontend["_target_"])
+
+
 def published_frontend(family: str) -> dict[str, Any]:
     """Give the settings that a family's published weights heard; a tuple where several were published."""
-    from audiossl.config.cli import CONF  # Hydra, which loading an export does without
-
-    text = (CONF / "frontend" / f"{PUBLISHED[family]}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text) | VARIANTS[family]
+    settings, _, variants = FAMILIES[family]
+    return settings | variants
 
 
 def check_frontend(source: str, heard: Mapping[str, Any] | None, ours: Mapping[str, Any], *, mode: str) -> None:

@@ -50,7 +50,7 @@ ATST_MEL = dict(  # conf/frontend/atst_mel.yaml
     seconds=10.01,
 )
 ATST_SECONDS = {1: 6.01, 0: 10.01}  # of Clip's and Frame's published chunks, by class tokens
-ATST_LICENCE = Licence("see the repository", "https://github.com/Audio-WestlakeU/audiossl", "its terms hold")
+ATST_LICENCE = Licence("MIT", "https://github.com/Audio-WestlakeU/audiossl", "its LICENSE names the checkpoints too")
 
 PASST = "audiossl.methods.passt.PaSST"
 PASST_MEL = dict(  # conf/frontend/passt_mel.yaml

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.weights.initial import from_timm
+from audiossl.parts.positions import AxisPositions
+from audiossl.weights.passt import split_image_positions
 from audiossl.weights.published import AUDIOMAE, KALDI_FBANK, PASST, PASST_MEL
 from audiossl.weights.translation import Action, Licence, Row, Settings, Translation, heads_of, row
 
@@ -69,6 +70,34 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
         rows=[_row(key, theirs, is_passt, tokens) for key in theirs],
         warnings=["weights of an image model: a start for training, which has heard nothing yet"],
     )
+
+
+def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Turn a timm vision transformer's state dict into ours: RGB kernels summed, resized to our patch if need be."""
+    kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
+    if tuple(kernel.shape[-2:]) != encoder.patch:
+        kernel = F.interpolate(kernel, encoder.patch, mode="bicubic", antialias=True)
+    ours = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": state["patch_embed.proj.bias"]}
+    if encoder.num_class_tokens:
+        tokens = [state["cls_token"], state.get("dist_token", state["cls_token"])]
+        ours["class_token"] = torch.cat(tokens[: encoder.num_class_tokens], dim=1)
+    ours |= _image_positions(state, encoder)
+    ours |= {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
+    return ours
+
+
+def _image_positions(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Take what the model's positions can use of a square image's.
+
+    Where the image model has no distillation token, ours starts as a copy of its class token, position included.
+    """
+    own = {f"positions.{name}": value.detach().clone() for name, value in encoder.positions.state_dict().items()}
+    if not isinstance(encoder.positions, AxisPositions):
+        return own
+    table, num_tokens = state["pos_embed"], 2 if "dist_token" in state else 1
+    if encoder.num_class_tokens:
+        own["positions.class_table"] = table[:, [0, num_tokens - 1][: encoder.num_class_tokens]]
+    return own | split_image_positions(table, encoder.grid, num_tokens)
 
 
 def _row(key: str, theirs: dict[str, Tensor], is_passt: bool, num_class_tokens: int) -> Row:
