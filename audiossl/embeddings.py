@@ -1,61 +1,182 @@
-"""What does an encoder say of a clip of any length?
+"""What does an encoder say of a recording of any length, and of every moment of it?
 
 A clip is cut into windows as long as the front end's spectrogram, each goes through the frozen encoder with nothing
-hidden, and the tokens of all windows are pooled into one vector.
+hidden, and of its tokens come the features of every moment and one vector for the whole. Windows are streamed: what
+grows with a recording is its features alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from audiossl.errors import UserError
+from audiossl.features.description import Choice, Description, Layers, Pooling, Rows, described
+from audiossl.features.windows import Layout, valid_frames, windows_of
+from audiossl.sound.audio import MAX_RATE_HZ, MIN_RATE_HZ, AudioError
+from audiossl.sound.files import open_audio
+from audiossl.sound.waveform import block_samples, resample_blocks
+
+if TYPE_CHECKING:
+    from audiossl.pretrained import PretrainedEncoder
+
+__all__ = ["Embeddings", "clip_features", "embed", "evaluating", "valid_frames", "windows_of"]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Hold a batch of equal windows cut from clips: which clip each is of, and how many of its frames are audio."""
+class Embeddings:
+    """Hold what an encoder says of B clips, on the CPU, float32.
 
-    clip: Tensor  # (B,) int64
-    spectrogram: Tensor  # (B, 1, F, T)
-    valid_frames: Tensor  # (B,) int64
-
-
-def windows_of(frontend: nn.Module, waveforms: Sequence[NDArray], batch_size: int) -> Iterator[Windows]:
-    """Cut clips (S,), int16 or float at the front end's rate, into windows of its length; the last ones are padded.
-
-    A rest too short for one frame is dropped. A front end without a fixed length takes each clip as one window.
+    `clip` (B, D') describes each as a whole and `frames` (B, T', D") every column of patches, None where they were not
+    asked for; `timestamps_seconds` (T',) are the middles of the columns, the same for all clips. A clip shorter than
+    the longest has `num_frames` (B,) of them and zeros behind.
     """
-    shortest = frontend.samples_for(1)
-    longest = max(len(waveform) for waveform in waveforms)
-    length = longest if frontend.frames is None else frontend.samples_for(frontend.frames)
-    places = [
-        (clip, start)
-        for clip, waveform in enumerate(waveforms)
-        for start in range(0, max(len(waveform), 1), length)
-        if start == 0 or len(waveform) - start >= shortest
-    ]
-    for first in range(0, len(places), batch_size):
-        batch = places[first : first + batch_size]
-        pieces = [torch.from_numpy(waveforms[clip][start : start + length]) for clip, start in batch]
-        num_samples = torch.tensor([len(piece) for piece in pieces])
-        padded = torch.stack([functional.pad(piece, (0, length - len(piece))) for piece in pieces])
-        spectrogram = frontend(padded.to(frontend.window.device), num_samples=num_samples)
-        valid = valid_frames(frontend, num_samples).clamp(max=spectrogram.shape[-1])
-        yield Windows(torch.tensor([clip for clip, _ in batch]), spectrogram, valid)
+
+    clip: Tensor
+    frames: Tensor | None
+    timestamps_seconds: Tensor
+    num_frames: Tensor
 
 
-def valid_frames(frontend: nn.Module, num_samples: Tensor) -> Tensor:
-    """Count the frames that hold audio, at least 1: (B,) samples -> (B,) frames."""
-    return 1 + (num_samples - frontend.samples_for(1)).clamp(min=0) // frontend.hop_samples
+@torch.no_grad()
+def embed(
+    model: PretrainedEncoder,
+    waveform: Tensor | NDArray | str | Path,
+    sample_rate: int | None = None,
+    *,
+    num_samples: Tensor | Sequence[int] | None = None,
+    layers: Layers = "last",
+    pooling: Pooling = "mean",
+    rows: Rows = "mean",
+    overlap: float = 0.5,
+    with_frames: bool = True,
+    batch_size: int = 16,
+) -> Embeddings:
+    """Describe a clip (S,), clips (B, S) or a file, of any length and rate, as wholes and moment by moment.
+
+    `waveform`: float in [-1, 1] or int16, torch or numpy, at `sample_rate` Hz and resampled on the model's device; or
+    the name of a file, which is streamed. `num_samples` (B,) is how much of each row is audio; the rest never counts.
+
+    `layers`: "last", the n last blocks, or a list of blocks (0 the first); several are concatenated in that order, each
+    with the encoder's final norm, as ATST's frozen features are (2306.04186). `rows`: patches above each other in a
+    column are averaged (mean), or concatenated as in MSM-MAE (2204.12260). `pooling` of the clip's vector: mean or max
+    over the patches, the class tokens (several are averaged), or both side by side (class+mean).
+
+    Windows are as long as the model knows, `batch_size` at a time, and share `overlap` of their length: at a half,
+    every moment is described with a quarter of a window or more on either side, the clip's ends excepted; 0 takes half
+    the time. In the overlap the window nearest by its middle counts: averages of windows would be features that the
+    encoder never gives. Class tokens count by the columns that their window is for.
+
+    No gradients, nothing random, modes as they were. Raises `UserError` for samples that are not finite, for none, and
+    for what the encoder does not have.
+    """
+    choice = Choice(layers, pooling, rows, overlap, with_frames)
+    if isinstance(waveform, str | Path):
+        sources, names = [file_blocks(waveform, model)], [str(waveform)]
+    else:
+        clips = as_clips(waveform, num_samples)
+        check_rate(sample_rate)
+        sources = [_row_blocks(clip, int(sample_rate), model) for clip in clips]
+        names = [f"clip {number}" for number in range(len(clips))]
+    found: list[Description] = [None] * len(sources)
+    with evaluating(model):
+        for number, result in described(model, sources, choice, batch_size):
+            if isinstance(result, AudioError):
+                raise UserError(f"{names[number]}: {result}") from result
+            found[number] = result
+    return _gather(model, found, choice)
+
+
+def _gather(model: PretrainedEncoder, found: list[Description], choice: Choice) -> Embeddings:
+    num_frames = torch.tensor([clip.num_frames for clip in found], dtype=torch.int64)
+    times = timestamps_seconds(model, max(num_frames.tolist(), default=0))
+    if not found:
+        width = model.width * len(choice.blocks(model))
+        wide = width * (model.encoder.grid[0] if choice.rows == "concat" else 1)
+        of_clip = width * ("class" in choice.pooling) + wide * (choice.pooling != "class")
+        return Embeddings(
+            torch.zeros(0, of_clip), torch.zeros(0, 0, wide) if choice.with_frames else None, times, num_frames
+        )
+    frames = None
+    if choice.with_frames:
+        frames = nn.utils.rnn.pad_sequence([clip.all_frames() for clip in found], batch_first=True)
+    return Embeddings(torch.stack([clip.pooled(choice.pooling) for clip in found]), frames, times, num_frames)
+
+
+def timestamps_seconds(model: PretrainedEncoder, num_frames: int) -> Tensor:
+    """Say where in a clip the middles of its columns lie: (num_frames,) float64."""
+    layout = Layout.of(model.encoder, model.frontend, 0.0)
+    return (layout.middle + layout.column * torch.arange(num_frames, dtype=torch.float64)) / model.rate_hz
+
+
+def file_blocks(
+    path: str | Path, model: PretrainedEncoder, progress: Callable[[float, float | None], object] | None = None
+) -> Iterator[Tensor]:
+    """Stream a file as blocks (S,) at the model's rate on its device; `progress` hears of each block how many
+    seconds it has, and which share of the file is through (None where the file does not tell its length).
+
+    Raises `AudioError` for what cannot be used.
+    """
+    device = model.frontend.window.device
+    with open_audio(path) as stream:
+
+        def blocks() -> Iterator[Tensor]:
+            taken = 0
+            for block in stream.blocks:
+                yield torch.from_numpy(np.ascontiguousarray(block)).to(device)
+                taken += len(block)
+                if progress is not None:
+                    progress(len(block) / stream.rate_hz, taken / stream.num_frames if stream.num_frames else None)
+
+        yield from resample_blocks(blocks(), stream.rate_hz, model.rate_hz)
+
+
+def _row_blocks(row: Tensor, rate_hz: int, model: PretrainedEncoder) -> Iterator[Tensor]:
+    """Give a clip (S,) as blocks at the model's rate on its device."""
+
+    def blocks() -> Iterator[Tensor]:
+        if not len(row):
+            raise AudioError("no samples")
+        for block in row.split(block_samples(rate_hz, model.rate_hz)):
+            block = block.to(model.frontend.window.device)
+            if block.is_floating_point() and not block.isfinite().all():
+                raise AudioError("NaN or Inf samples")
+            yield block
+
+    return resample_blocks(blocks(), rate_hz, model.rate_hz)
+
+
+def as_clips(waveform: Tensor | NDArray, num_samples: Tensor | Sequence[int] | None) -> list[Tensor]:
+    """List the clips (S,) of a waveform (S,) or (B, S), each cut to its `num_samples`; raise `UserError` for others."""
+    try:
+        waveform = torch.as_tensor(waveform)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a waveform is a tensor or an array (S,) or (B, S), or a file name: {error}") from error
+    if waveform.ndim not in (1, 2):
+        raise UserError(f"a waveform of shape {tuple(waveform.shape)}: give (S,) or (B, S), channels averaged")
+    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
+        raise UserError(f"a waveform of {str(waveform.dtype).removeprefix('torch.')}: give float in [-1, 1], or int16")
+    clips = list(waveform.detach().unsqueeze(0) if waveform.ndim == 1 else waveform.detach())
+    if num_samples is None:
+        return clips
+    counts = torch.as_tensor(num_samples).reshape(-1).tolist()
+    if len(counts) != len(clips) or not all(0 <= count <= waveform.shape[-1] for count in counts):
+        raise UserError(f"num_samples={counts[:8]}: one for each of {len(clips)} clips, at most {waveform.shape[-1]}")
+    return [clip[: int(count)] for clip, count in zip(clips, counts, strict=True)]
+
+
+def check_rate(rate_hz: int | None) -> None:
+    """Raise `UserError` for a sample rate that cannot be meant."""
+    if rate_hz is None or rate_hz != int(rate_hz) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise UserError(f"sample_rate={rate_hz}: whole Hz between {MIN_RATE_HZ} and {MAX_RATE_HZ}")
 
 
 @torch.no_grad()

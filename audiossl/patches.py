@@ -78,6 +78,11 @@ def patch_std(patches: Tensor) -> Tensor:
     return (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def patch_levels(patches: Tensor) -> Tensor:
+    """Measure mean and standard deviation of every patch (.., P): (.., 2)."""
+    return torch.cat([patches.mean(-1, keepdim=True), patch_std(patches)], dim=-1)
+
+
 def spread_from_visible(visible: Tensor, keep: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Guess mean and standard deviation of every patch (B, N, 1) from the visible ones (B, K, P) at keep (B, K).
 

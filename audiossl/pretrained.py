@@ -6,8 +6,10 @@ all of it comes from: nothing is left to guess, and nothing can be mixed up.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from audiossl.encoder import Encoder
@@ -15,14 +17,19 @@ from audiossl.errors import UserError
 from audiossl.features.chunks import valid_tokens
 from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.spectrogram import resample
+from audiossl.weights.hub import HubModel
+
+if TYPE_CHECKING:
+    from audiossl.embeddings import Embeddings
 
 
-class PretrainedEncoder(nn.Module):
+class PretrainedEncoder(HubModel, nn.Module):
     """Hold a trained `encoder`, its `frontend`, its `head` (None without one) and their `description`.
 
     `model(waveform, rate_hz)` gives tokens (B, n + N, D), the n class tokens first, from waveform (B, S) in [-1, 1] at
     any rate; clips longer than the model's length are cut to it, shorter ones padded as in training. `labels` names
     the head's classes where they are known. With `mask_padding` nothing attends to padding (ATST); the others hear it.
+    `save_pretrained(folder)`, `push_to_hub(repo_id)` and `from_pretrained(source)` are those of the HuggingFace hub.
     """
 
     def __init__(self, encoder: Encoder, frontend: nn.Module, head: LinearHead | None, description: dict[str, Any]):
@@ -55,6 +62,22 @@ class PretrainedEncoder(nn.Module):
     def tokens(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """Encode (B, 1, F, T), of which `num_frames` (B,) are audio, None for all: (B, n + N, D)."""
         return self.encoder(spectrogram, valid=self._valid(spectrogram, num_frames) if self.mask_padding else None)
+
+    def layers(self, spectrogram: Tensor, num_frames: Tensor | None = None, *, num_layers: int) -> list[Tensor]:
+        """Encode as `tokens` does; give each of the last `num_layers` blocks, with the final norm: (B, n + N, D)."""
+        valid = self._valid(spectrogram, num_frames) if self.mask_padding else None
+        tokens = self.encoder.embed(spectrogram.to(self.encoder.patch_embed.proj.weight.dtype))
+        return self.encoder.encode_layers(tokens, num_layers=num_layers, valid=valid)
+
+    def embed(self, waveform: Tensor | NDArray | str | Path, sample_rate: int | None = None, **choices) -> Embeddings:
+        """Describe clips (S,) or (B, S), or a file, of any length and rate: vectors of the whole and of every moment.
+
+        `model.embed("clip.wav").clip` is (1, D'). What can be chosen (layers, pooling, overlap of windows, ...) is
+        said at `audiossl.embeddings.embed`.
+        """
+        from audiossl.embeddings import embed
+
+        return embed(self, waveform, sample_rate, **choices)
 
     def logits(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """Score the classes of (B, 1, F, T): (B, C), or (B, N, C) of a head for moments.

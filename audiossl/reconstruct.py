@@ -54,6 +54,7 @@ def _reconstruct(
     def of_clip(tensor: Tensor) -> Tensor:
         return tensor[0, 0, :bands, :frames].cpu()
 
+    is_guessed = method.norm_target and not method.level_weight
     return Reconstruction(
         name=name,
         original=of_clip(frontend.denormalise(spectrogram)).numpy(),
@@ -62,7 +63,7 @@ def _reconstruct(
         hop_seconds=frontend.hop_samples / frontend.rate_hz,
         fmin_hz=frontend.fmin_hz,
         fmax_hz=frontend.fmax_hz,
-        note="level and spread of each patch guessed from visible ones" if method.norm_target else "",
+        note="level and spread of each patch guessed from visible ones" if is_guessed else "",
     )
 
 

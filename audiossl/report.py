@@ -71,6 +71,7 @@ def finish(
     Returns what goes into `results.json`.
     """
     about = dict(vocabulary=vocabulary, provenance=json.loads((run_dir / "provenance.json").read_text()))
+    about["provenance"]["steps"] = step
     for name, exported in {"encoder": method, **{f"encoder_{name}": m for name, m in averages.items()}}.items():
         export_encoder(exported, config, run_dir / f"{name}.safetensors", **about)
     if clips and hasattr(method, "reconstruct"):

@@ -56,6 +56,9 @@ class KaldiFbank(FrontEnd):
     def samples_for(self, frames: int) -> int:
         return self.window_samples + (frames - 1) * self.hop_samples
 
+    def first_middle(self) -> float:
+        return self.window_samples / 2
+
     def shortest(self) -> int:
         return self.window_samples
 

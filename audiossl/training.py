@@ -34,7 +34,7 @@ from audiossl.pretraining import Pretraining
 from audiossl.probing import Probe, ProbeCallback
 from audiossl.running.alarm import CollapseAlarm
 from audiossl.running.averaging import Averaging
-from audiossl.running.build import check_same_run, load_initial_weights, method_from_config, needs_labels, takes_classes
+from audiossl.running.build import check_same_run, method_from_config, needs_labels, start_from, takes_classes
 from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.running.classscores import score_classes_of
 from audiossl.running.devices import Layout, plan
@@ -43,6 +43,7 @@ from audiossl.running.provenance import provenance_of
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.trace import Trace
 from audiossl.shards import ShardData
+from audiossl.weights.origins import join_licences
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,13 @@ def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, 
     """Find the checkpoint to resume from, else load the weights to start from; note their origin in `provenance`."""
     ckpt = resolve_ckpt(config["ckpt"], run_dir)
     if ckpt is not None:
-        provenance["init"] = check_same_run(ckpt, config, provenance)["init"]
-    elif config["init"]:
-        provenance["init"] = load_initial_weights(method, config["init"])
+        saved = check_same_run(ckpt, config, provenance)
+        provenance |= {key: saved.get(key) for key in ("init", "licence")}
+        return ckpt
+    if config["init"]:
+        provenance |= start_from(method, config)
+    taught = getattr(method, "teacher_description", {}).get("licence")
+    provenance["licence"] = join_licences(provenance["licence"], taught)
     return ckpt
 
 

@@ -16,6 +16,7 @@ from audiossl.errors import UserError
 from audiossl.masking import keep_to_mask
 from audiossl.methods.audiomae import AudioMAE
 from audiossl.noise import Noise
+from audiossl.patches import patchify
 
 DECODERS = {
     "global": dict(decoder="global"),
@@ -63,9 +64,9 @@ def test_every_parameters_gradient_is_the_slope_of_the_loss(decoder):
         assert float((parameter.grad * way).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-9), name
 
 
-@pytest.mark.parametrize("norm_target", [True, False])
-def test_what_is_hidden_never_reaches_the_picture(decoder, norm_target):
-    model, spectrogram = audiomae(**decoder, norm_target=norm_target).eval(), clips()
+@pytest.mark.parametrize(("norm_target", "level_weight"), [(True, 0.0), (True, 1.0), (False, 0.0)])
+def test_what_is_hidden_never_reaches_the_picture(decoder, norm_target, level_weight):
+    model, spectrogram = audiomae(**decoder, norm_target=norm_target, level_weight=level_weight).eval(), clips()
     keep = keep_for(model, spectrogram)
     honest = model.reconstruct(spectrogram, keep=keep)
     other = spectrogram.clone()
@@ -103,6 +104,24 @@ def test_the_loss_reads_the_hidden_patches():
     for heard in (spectrogram, moved):
         expected = (prediction - heard)[gaps].square().mean()
         torch.testing.assert_close(model.loss(heard, keep), expected)
+
+
+def test_predicted_levels_give_normalised_patches_their_loudness():
+    model, spectrogram = audiomae(norm_target=True, level_weight=3.0).eval(), clips()
+    keep = keep_for(model, spectrogram)
+    patches = patchify(spectrogram, model.encoder.patch, model.encoder.stride)
+    mean, std = patches.mean(2, keepdim=True), patches.std(2, keepdim=True)
+    values = model.decoder.values(model.decode(spectrogram, keep))
+    shape, levels = values[..., :-2], values[..., -2:]
+    gaps = keep_to_mask(keep, 64)
+    error = (shape - (patches - mean) / std)[gaps].square().mean()
+    error = error + 3 * (levels - torch.cat([mean, std], 2))[gaps].square().mean()
+    torch.testing.assert_close(model.loss(spectrogram, keep), error, rtol=1e-4, atol=0)
+    expected = shape * levels[..., 1:].clamp(min=0) + levels[..., :1]
+    prediction = patchify(model.reconstruct(spectrogram, keep=keep)["prediction"], model.encoder.patch, (16, 16))
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="level_weight=1.*norm_target=true"):
+        audiomae(norm_target=False, level_weight=1.0)
 
 
 def test_a_batch_without_clips_has_a_zero_loss_and_gradients_everywhere():

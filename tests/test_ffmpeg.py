@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from audiosets import write_classes, write_clip, write_segments
 from packing import ROOT, read_table, run, tone, write_table
 
 from audiossl.index import Index
-from audiossl.sound import ffmpeg
+from audiossl.sound import ffmpeg, files
 from audiossl.sound.audio import AudioError, decode
 
 needs_ffmpeg = pytest.mark.skipif(not ffmpeg.is_installed(), reason="the program ffmpeg is not installed")
@@ -98,6 +99,17 @@ def test_what_ffmpeg_writes_is_bounded_in_length_and_in_time(tmp_path):
         ffmpeg.to_flac(long, 32_000, timeout_seconds=0.02)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert "ffmpeg" not in {Path(f"/proc/{child}/comm").read_text().strip() for child in children}
+
+
+@needs_ffmpeg
+def test_a_file_is_streamed_block_by_block_and_only_waiting_for_ffmpeg_counts(tmp_path):
+    source = convert(tone(tmp_path / "tone.wav", 44_100, 30.0), tmp_path / "tone.m4a")
+    with ffmpeg.stream(source, timeout_seconds=5.0) as (rate_hz, blocks):
+        first = next(blocks)
+        time.sleep(5.5)
+        assert len(first) + sum(map(len, blocks)) == pytest.approx(30 * rate_hz, abs=0.1 * rate_hz)
+    waveform, rate_hz = files.read(source)
+    assert waveform[4000:-4000].abs().max() == pytest.approx(0.5, abs=0.02) and rate_hz == 44_100
 
 
 @needs_ffmpeg

@@ -15,6 +15,7 @@ PRETRAIN = Spec(
             "seed": "int",
             "ckpt": "str | None",
             "init": "str | None",
+            "init_frontend": "Literal['check', 'ignore']",
             "trace": "bool",
             "root": "Any",
             "run_dir": "str",

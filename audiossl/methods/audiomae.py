@@ -19,7 +19,7 @@ from audiossl.masking import Masking, hidden, keep_to_mask, take
 from audiossl.noise import Noise
 from audiossl.parts.positions import SinCosPositions
 from audiossl.parts.windows import LocalBlock, check_windows, shift_mask, shift_of
-from audiossl.patches import check_tiled, normalise_patches, patchify, spread_from_visible, unpatchify
+from audiossl.patches import check_tiled, normalise_patches, patch_levels, patchify, spread_from_visible, unpatchify
 
 GLOBAL_BLOCKS_OF_HYBRID = 4  # paper: local layers first, the last four attend globally
 
@@ -121,7 +121,9 @@ class AudioMAE(nn.Module):
     """Pre-train `encoder` by predicting hidden patches.
 
     `frontend` turns waveforms into spectrograms of a fixed length. `norm_target` predicts patches normalised one by
-    one. Ratios per axis are for time+frequency masking; null splits `mask_ratio` evenly.
+    one. Ratios per axis are for time+frequency masking; null splits `mask_ratio` evenly. Differs: with a `level_weight`
+    above 0 the last layer also predicts each patch's mean and standard deviation, whose squared error counts so much;
+    the paper's normalised patches leave both unknown, and a picture of them has no loudness.
     """
 
     def __init__(
@@ -148,12 +150,15 @@ class AudioMAE(nn.Module):
         decoder_shift: Literal["time", "both", "none"],
         decoder_dropout: float,
         norm_target: bool,
+        level_weight: float,
     ):
         super().__init__()
+        if level_weight and not norm_target:
+            raise UserError(f"model.level_weight={level_weight}: has no effect without model.norm_target=true")
         if frontend.frames is None:
             raise UserError("frontend.seconds=null: Audio-MAE needs a fixed length, frontend.seconds=10.24 for example")
         self.frontend = frontend
-        self.norm_target = norm_target
+        self.norm_target, self.level_weight = norm_target, level_weight
         self.masking = Masking(mask, mask_ratio, mask_ratio_time, mask_ratio_frequency)
         shared = dict(mlp_ratio=mlp_ratio, positions=positions)
         cut = dict(num_mels=frontend.num_mels, frames=frontend.frames, patch=(patch, patch), stride=(stride, stride))
@@ -162,14 +167,15 @@ class AudioMAE(nn.Module):
             check_tiled("frontend.seconds", "frames", frontend.frames, patch)
         sizes = dict(encoder_width=width, width=decoder_width, depth=decoder_depth, num_heads=decoder_num_heads)
         local = dict(window=decoder_window, shift=decoder_shift, dropout=decoder_dropout)
-        grid = dict(grid=self.encoder.grid, overlapping=stride != patch, num_values=patch * patch)
+        num_values = patch * patch + (2 if level_weight else 0)
+        grid = dict(grid=self.encoder.grid, overlapping=stride != patch, num_values=num_values)
         self.decoder = Decoder(decoder=decoder, **sizes, **local, **grid, **shared)
         self.tokens_per_clip = self.encoder.grid[0] * self.encoder.grid[1]
         if self.masking.num_kept(self.encoder.grid) == self.tokens_per_clip:
             raise UserError(f"model.mask_ratio={mask_ratio} hides none of {self.tokens_per_clip} patches: raise it")
 
     def forward(self, batch: Batch, *, generator: Noise) -> dict[str, Tensor]:
-        """Return the `loss`: the mean squared error of the hidden patches of the whole batch."""
+        """Return the `loss`: the mean squared error of the hidden patches of the whole batch, and of their levels."""
         if len(batch) == 0:  # every clip of the micro-batch was unreadable; DDP still wants a gradient everywhere
             return {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
         spectrogram = batch.spectrogram
@@ -186,10 +192,13 @@ class AudioMAE(nn.Module):
         decoded = self.decode(spectrogram, keep)
         gaps = hidden(keep, decoded.shape[1])
         prediction = self.decoder.values(take(decoded, gaps))
-        target = take(patchify(spectrogram, self.encoder.patch, self.encoder.stride), gaps)
-        target = normalise_patches(target) if self.norm_target else target
-        exact = torch.promote_types(target.dtype, torch.float32)  # whatever the precision around it
-        return (prediction.to(exact) - target.to(exact)).square().mean()
+        patches = take(patchify(spectrogram, self.encoder.patch, self.encoder.stride), gaps)
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))  # whatever the precision around it
+        values, levels = prediction.to(patches.dtype).tensor_split([patches.shape[-1]], dim=-1)
+        loss = (values - (normalise_patches(patches) if self.norm_target else patches)).square().mean()
+        if self.level_weight:
+            loss = loss + self.level_weight * (levels - patch_levels(patches)).square().mean()
+        return loss
 
     def decode(self, spectrogram: Tensor, keep: Tensor) -> Tensor:
         """Encode what is kept and decode all: (B, N, E)."""
@@ -202,16 +211,18 @@ class AudioMAE(nn.Module):
 
         Returns `prediction` (B, 1, F, T) of every patch in the spectrogram's units; `filled`, the visible cells with
         the prediction in the gaps; `hidden` (B, 1, F, T) bool, cells that no visible patch covers; `mask` (B, N). For
-        normalised targets a patch's level and spread are no part of the prediction. They are guessed from *visible*
-        patches (`spread_from_visible`), never taken from the hidden one, as pictures of MAE commonly do.
+        normalised targets without a `level_weight` a patch's level and spread are no part of the prediction. They are
+        guessed from *visible* patches (`spread_from_visible`), never taken from the hidden one, as pictures of MAE
+        commonly do.
         """
         grid = self.encoder.grid_for(spectrogram)
         patch, stride = self.encoder.patch, self.encoder.stride
-        values = self.decoder.values(self.decode(spectrogram, keep)).float()
+        prediction = self.decoder.values(self.decode(spectrogram, keep)).float()
+        values, levels = prediction.tensor_split([patch[0] * patch[1]], dim=-1)
         if self.norm_target:
             visible = take(patchify(spectrogram, patch, stride), keep)
-            mean, std = spread_from_visible(visible, keep, grid)
-            values = values * std + mean
+            level = levels.split(1, dim=-1) if self.level_weight else spread_from_visible(visible, keep, grid)
+            values = values * level[1].clamp(min=0) + level[0]
         mask = keep_to_mask(keep, grid[0] * grid[1])
         prediction = unpatchify(values, grid, patch, stride)
         shown = unpatchify((~mask).float()[:, :, None].expand_as(values), grid, patch, stride)

@@ -12,7 +12,8 @@ from torch import nn
 
 from audiossl.config.settings import find_target, instantiate
 from audiossl.errors import UserError
-from audiossl.weights.initial import describe_mismatch, encoder_weights
+from audiossl.weights.initial import Start, describe_mismatch, encoder_weights
+from audiossl.weights.origins import check_frontend
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 
 log = logging.getLogger(__name__)
@@ -97,13 +98,27 @@ def load_initial_weights(method: nn.Module, source: str) -> str:
     `source`: a run's folder, a checkpoint, `encoder.safetensors`, the authors' `.pth`, or `timm:NAME` for ImageNet
     weights. Position tables are taken only when the grids agree. Raises `UserError` listing the first mismatches.
     """
-    weights, origin = encoder_weights(source, method.encoder)
-    problem = describe_mismatch(weights, method.encoder.state_dict())
+    return _take(method, encoder_weights(source, method.encoder), source)
+
+
+def start_from(method: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """Start `method.encoder` from `config["init"]`; give what goes into the provenance: `init` and `licence`.
+
+    Raises `UserError` as `load_initial_weights` does, and for weights that heard through another front end than the
+    run's, unless `init_frontend` is "ignore".
+    """
+    start = encoder_weights(config["init"], method.encoder)
+    check_frontend(config["init"], start.frontend, config["frontend"], mode=config["init_frontend"])
+    return {"init": _take(method, start, config["init"]), "licence": start.licence}
+
+
+def _take(method: nn.Module, start: Start, source: str) -> str:
+    problem = describe_mismatch(start.weights, method.encoder.state_dict())
     if problem:
         raise UserError(f"init={source}: {problem}")
     for encoder in getattr(method, "encoders", (method.encoder,)):
-        encoder.load_state_dict(weights)
-    said = f"encoder starts from {origin}: {len(weights)} tensors"
+        encoder.load_state_dict(start.weights)
+    said = f"encoder starts from {start.origin}: {len(start.weights)} tensors"
     log.info(said)
     return said
 

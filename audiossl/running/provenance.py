@@ -23,6 +23,7 @@ def provenance_of(config: dict[str, Any], corpus_hash: str) -> dict[str, Any]:
         "versions": {name: version_of(name) for name in PACKAGES},
         "corpus_hash": corpus_hash,
         "init": None,
+        "licence": None,  # of the weights it started from or was taught by
     }
 
 

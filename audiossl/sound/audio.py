@@ -74,6 +74,18 @@ def decode(
         return (np.concatenate(blocks) if blocks else np.zeros(0, np.float32)), info.rate_hz
 
 
+@contextmanager
+def stream(source: Source, max_seconds: float = MAX_SECONDS) -> Iterator[tuple[AudioInfo, Iterator[np.ndarray]]]:
+    """Open encoded audio to be decoded in mono float32 blocks (S,), all of it in bounded memory.
+
+    Raises AudioError as `check` does, for a file cut on its way before the first block where its header tells.
+    """
+    with _open(source, max_seconds) as file:
+        _refuse_cut(source)
+        info = _info(file)
+        yield info, _mono_blocks(file, info.num_frames)
+
+
 def check(source: Source, max_seconds: float = MAX_SECONDS) -> AudioInfo:
     """Decode everything in bounded memory and forget it; return what the header says once it has proved true."""
     with _open(source, max_seconds) as file:

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,18 +48,50 @@ def to_flac(
     Raises AudioError when ffmpeg is missing, reports an error, takes longer than `timeout_seconds`, or finds more than
     `max_seconds`, and for NaN or Inf.
     """
+    with stream(path, max_seconds, timeout_seconds) as (source_hz, blocks):
+        return encode_flac(blocks, source_hz, rate_hz)
+
+
+@contextmanager
+def stream(
+    path: Path, max_seconds: float = MAX_SECONDS, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Open the first audio stream of a file: its rate in Hz, and its mono float32 blocks (S,) to the end.
+
+    Raises AudioError as `to_flac` does; what the caller takes between two blocks is no time of ffmpeg's.
+    """
     with _decoder(path, max_seconds, timeout_seconds) as pipe:
         source_hz, channels = _read_header(pipe)
-        blocks = _mono_blocks(pipe, source_hz, channels, max_seconds)
-        return encode_flac(blocks, source_hz, rate_hz)
+        yield source_hz, _mono_blocks(pipe, source_hz, channels, max_seconds)
 
 
 class _NoAudio(AudioError):
     """Say that the pipe ended before the first sample."""
 
 
+class _Pipe:
+    """Read what a process writes; it is killed once it has been waited for longer than `seconds` in all."""
+
+    def __init__(self, process: subprocess.Popen, seconds: float):
+        self.process, self.seconds_left = process, seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        timer, started = threading.Timer(max(0.0, self.seconds_left), self.process.kill), time.monotonic()
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self.seconds_left -= time.monotonic() - started
+
+    def read(self, num_bytes: int) -> bytes:
+        with self.waiting():
+            return self.process.stdout.read(num_bytes)
+
+
 @contextmanager
-def _decoder(path: Path, max_seconds: float, timeout_seconds: float) -> Iterator[BinaryIO]:
+def _decoder(path: Path, max_seconds: float, timeout_seconds: float) -> Iterator[_Pipe]:
     program = shutil.which("ffmpeg")
     if program is None:
         raise AudioError(MISSING)
@@ -73,20 +106,17 @@ def _decoder(path: Path, max_seconds: float, timeout_seconds: float) -> Iterator
     command += "-map 0:a:0 -vn -sn -dn -c:a pcm_f32be -f au pipe:1".split()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
-        timer = threading.Timer(timeout_seconds, process.kill)
-        timer.start()
+        pipe = _Pipe(process, timeout_seconds)
         try:
-            yield process.stdout
-            process.wait()
-        except _NoAudio:
-            process.wait()  # and say below what ffmpeg says
+            with suppress(_NoAudio):  # and say below what ffmpeg says
+                yield pipe
+            with pipe.waiting():
+                process.wait()
         finally:
-            timed_out = not timer.is_alive()
-            timer.cancel()
             process.kill()
             process.stdout.close()
             process.wait()
-        _refuse_failure(process.returncode, timed_out, said, timeout_seconds)
+        _refuse_failure(process.returncode, pipe.seconds_left <= 0, said, timeout_seconds)
 
 
 def _refuse_failure(code: int, timed_out: bool, said: BinaryIO, timeout_seconds: float) -> None:
@@ -99,7 +129,7 @@ def _refuse_failure(code: int, timed_out: bool, said: BinaryIO, timeout_seconds:
         raise AudioError(f"cannot be decoded: ffmpeg: {' '.join(reason.split())[:160]}")
 
 
-def _read_header(pipe: BinaryIO) -> tuple[int, int]:
+def _read_header(pipe: _Pipe) -> tuple[int, int]:
     header = pipe.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
         raise _NoAudio("ffmpeg gave no audio")
@@ -113,7 +143,7 @@ def _read_header(pipe: BinaryIO) -> tuple[int, int]:
     return rate_hz, channels
 
 
-def _mono_blocks(pipe: BinaryIO, rate_hz: int, channels: int, max_seconds: float) -> Iterator[np.ndarray]:
+def _mono_blocks(pipe: _Pipe, rate_hz: int, channels: int, max_seconds: float) -> Iterator[np.ndarray]:
     """Yield mono float32 blocks to the end of the pipe; raise AudioError past `max_seconds` and for NaN or Inf."""
     num_frames = 0
     while data := pipe.read(4 * channels * (_BLOCK_VALUES // channels)):

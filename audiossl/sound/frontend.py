@@ -111,6 +111,10 @@ class FrontEnd(nn.Module):
         """Count the samples that give exactly `frames` frames of audio, without padding."""
         raise NotImplementedError
 
+    def first_middle(self) -> float:
+        """Say where the middle of the first frame lies, in samples: at 0 for centred windows."""
+        return 0.0
+
     def level(self, waveform: Tensor, num_samples: Tensor) -> Tensor:
         """Remove what the method removes from a whole waveform (B, S): nothing, unless a front end says otherwise."""
         return waveform

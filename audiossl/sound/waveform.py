@@ -1,15 +1,22 @@
 """How does a waveform reach the rate and the number format a front end wants?
 
-Clips arrive as int16 at the rate they were packed with; both conversions happen on the device, where they are cheap.
+Clips arrive as int16 at the rate they were packed with; both conversions happen on the device, where they are cheap. A
+recording too long for it is resampled a block at a time, to the same samples.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
+import soxr
 import torch
 from torch import Tensor
 from torchaudio.transforms import Resample
+
+_BLOCK_SAMPLES = 2**20  # resampled at a time
+_FILTER_VALUES = 2**24  # of a filter for rates with hardly a common divisor: 22254 to 16000 Hz takes 89 million
 
 
 def to_float(waveform: Tensor) -> Tensor:
@@ -41,3 +48,47 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
 def resampled_samples(num_samples: Tensor | int, from_hz: int, to_hz: int) -> Tensor | int:
     """Count the samples `resample` makes of `num_samples`."""
     return -(-num_samples * to_hz // from_hz)
+
+
+def resample_blocks(blocks: Iterable[Tensor], from_hz: int, to_hz: int) -> Iterator[Tensor]:
+    """Resample a recording that comes in blocks (S,), float or int16, on their device; memory stays at some blocks.
+
+    Together the results are what `resample` makes of the whole, to rounding; but for rates whose filter would fill the
+    memory (22254 to 16000 Hz), which soxr resamples on the CPU.
+    """
+    pieces = (to_float(piece) for block in blocks for piece in block.split(block_samples(from_hz, to_hz)))
+    if from_hz == to_hz:
+        yield from pieces
+        return
+    common = math.gcd(from_hz, to_hz)
+    period, new_period = from_hz // common, to_hz // common
+    if period * new_period > _FILTER_VALUES:
+        yield from _by_soxr(pieces, from_hz, to_hz)
+        return
+    held, first, done = torch.empty(0), 0, 0  # samples not yet let go, the first one's period, periods resampled
+    for piece in pieces:
+        reach = resampler(from_hz, to_hz, piece.device).width  # samples that a period needs on either side of its own
+        held = piece if not len(held) else torch.cat([held, piece])
+        whole = first + (len(held) - reach) // period
+        if whole > done:
+            found = resample(held[None, : (whole - first) * period + reach], from_hz, to_hz)[0]
+            yield found[(done - first) * new_period : (whole - first) * new_period]
+            done = whole
+            let_go = max(0, done - first - -(-reach // period))
+            held, first = held[let_go * period :], first + let_go
+    if len(held):
+        yield resample(held[None], from_hz, to_hz)[0, (done - first) * new_period :]
+
+
+def block_samples(from_hz: int, to_hz: int) -> int:
+    """Count the samples at `from_hz` that are resampled to `to_hz` at a time: as much on either side as is cheap."""
+    return max(1, _BLOCK_SAMPLES * from_hz // max(from_hz, to_hz))
+
+
+def _by_soxr(pieces: Iterable[Tensor], from_hz: int, to_hz: int) -> Iterator[Tensor]:
+    stream, device = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ"), None
+    for piece in pieces:
+        device = piece.device
+        yield torch.from_numpy(stream.resample_chunk(piece.cpu().numpy())).to(device)
+    if device is not None:
+        yield torch.from_numpy(stream.resample_chunk(torch.empty(0).numpy(), last=True)).to(device)

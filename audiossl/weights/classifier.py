@@ -15,6 +15,7 @@ from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.weights.atst import PATCH, import_finetuned
 from audiossl.weights.export import load_encoder
+from audiossl.weights.origins import LICENCES
 
 CLIP_FRAMES, FRAME_FRAMES = 601, 1001  # that the authors fine-tuned with
 
@@ -38,7 +39,7 @@ def load_classifier(
         weights, head_weights, sizes = import_finetuned(path, num_heads=num_heads)
         frames = CLIP_FRAMES if sizes["num_class_tokens"] else FRAME_FRAMES
         places = dict(num_mels=PATCH[0], frames=sizes.pop("position_frames"), positions="learned")
-        encoder, description = Encoder(**places, drop_path=0.0, **sizes), {}
+        encoder, description = Encoder(**places, drop_path=0.0, **sizes), {"licence": LICENCES["atst"]}
         encoder.load_state_dict(weights)
         classes, width = head_weights["linear.weight"].shape
         head = LinearHead(width, classes, pooling="class+mean" if sizes["num_class_tokens"] else "mean")

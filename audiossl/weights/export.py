@@ -8,6 +8,7 @@ beside it is the same text for readers.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -17,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from audiossl.config.settings import instantiate
+from audiossl.config.settings import find_target, instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.pretrained import PretrainedEncoder
+from audiossl.sound.frontend import FrontEnd
 from audiossl.version import __version__
 
 FORMAT = 2  # 1: no head, no hash
@@ -99,12 +101,25 @@ def load_encoder(path: str | Path) -> PretrainedEncoder:
     path = Path(path)
     path = path / "encoder.safetensors" if path.is_dir() else path
     description, weights = read_export(path)
-    encoder, head = Encoder(**description["geometry"]), None
-    if description.get("head"):
-        head = LinearHead(**description["head"])
-        head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
-    encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
-    return PretrainedEncoder(encoder, instantiate(description["frontend"]), head, description).eval()
+    check_target_of(description["frontend"], path)
+    try:
+        encoder, frontend = Encoder(**description["geometry"]), instantiate(description["frontend"])
+        head = LinearHead(**description["head"]) if description.get("head") else None
+        encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
+        if head is not None:
+            head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors and its description do not belong together ({reason})") from error
+    return PretrainedEncoder(encoder, frontend, head, description).eval()
+
+
+def check_target_of(frontend: dict[str, Any], path: Path) -> None:
+    """Refuse a description whose front end is none: it names what gets called, and may come from a stranger."""
+    target = find_target(str(frontend.get("_target_")))
+    is_frontend = inspect.isclass(target) and issubclass(target, FrontEnd)
+    if not is_frontend or any(isinstance(value, dict) for value in frontend.values()):
+        raise UserError(f"{path}: frontend._target_={frontend.get('_target_')} is no front end; do not trust this file")
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -114,7 +129,9 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(
             f"{path}: a safetensors file, but not one that audiossl exported (no description in its header)"
         )
-    description = json.loads(metadata["description"])
+    description = _parsed(metadata["description"], path)
+    if missing := [key for key in ("format", "audiossl", "geometry", "frontend") if key not in description]:
+        raise UserError(f"{path}: its description lacks {', '.join(missing)}; export it again")
     if description["format"] > FORMAT:
         raise UserError(
             f"{path}: written by audiossl {description['audiossl']}, newer than this {__version__}; upgrade"
@@ -122,11 +139,21 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if description.get("frontend_hash", hash_of(description["frontend"])) != hash_of(description["frontend"]):
         raise UserError(f"{path}: its front end was changed after the export (another hash); export it again")
     beside = path.with_suffix(".json")
-    if beside.exists() and json.loads(beside.read_text()) != description:
+    if beside.exists() and _parsed(beside.read_text(encoding="utf-8"), beside) != description:
         raise UserError(
             f"{beside}: differs from the header of {path.name}, which alone counts; restore it or delete it"
         )
     return description, weights
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: its description is no JSON ({error}); restore it, or export it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its description is no mapping; restore it, or export it again")
+    return found
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

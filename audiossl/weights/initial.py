@@ -7,6 +7,7 @@ image positions are split into rows and columns where ours are (PaSST), and left
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +18,85 @@ from torch.nn.functional import interpolate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.parts.positions import AxisPositions, SinCosPositions
-from audiossl.weights import passt
+from audiossl.weights import atst, passt
 from audiossl.weights.audiomae import import_encoder, is_audiomae
 from audiossl.weights.export import read_export, read_safetensors
+from audiossl.weights.origins import LICENCES, published_frontend
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 
 
-def encoder_weights(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], str]:
-    """Read weights for `encoder` from `source`; returns them under our names, with words that say what they are.
+@dataclass(frozen=True)
+class Start:
+    """Hold weights under our names, words that say what they are, what they heard (None: images), their licence."""
+
+    weights: dict[str, Tensor]
+    origin: str
+    frontend: dict[str, Any] | None = None
+    licence: dict[str, Any] | None = None
+
+
+def encoder_weights(source: str, encoder: Encoder) -> Start:
+    """Read weights for `encoder` from `source`.
 
     `source`: `timm:NAME` (ImageNet weights, downloaded by timm), a run's folder, a `.ckpt`, `.safetensors` or `.pth`.
     """
     if source.startswith("timm:"):
-        return from_timm(_download(source.removeprefix("timm:")), encoder), f"ImageNet weights {source}"
+        state, licence = _download(source.removeprefix("timm:"))
+        return Start(from_timm(state, encoder), f"ImageNet weights {source}", licence=licence)
     path = Path(source)
     path = path / "encoder.safetensors" if path.is_dir() and (path / "encoder.safetensors").exists() else path
     if path.suffix == ".safetensors":
         if _is_timm(tensors := read_safetensors(path)[1]):
-            return from_timm(tensors, encoder), f"image weights {path}"
-        own = {k: v for k, v in read_export(path)[1].items() if not k.startswith("head.")}
-        return _fit_positions(own, encoder), f"encoder {path}"
+            return Start(from_timm(tensors, encoder), f"image weights {path}")
+        description, own = read_export(path)
+        own = _fit_positions({k: v for k, v in own.items() if not k.startswith("head.")}, encoder)
+        return Start(own, f"encoder {path}", description["frontend"], description.get("licence"))
     path = newest_checkpoint(path) if path.is_dir() else path
     checkpoint = read_torch_file(path)
     if "audiossl" in checkpoint:
-        for prefix in ("method.encoder.", "method.teacher.encoder."):
-            found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-            if found:
-                break
-        return _fit_positions(found, encoder), f"checkpoint {path} (step {checkpoint['global_step']})"
+        return _from_checkpoint(checkpoint, path, encoder)
+    return _from_authors(checkpoint, path, encoder)
+
+
+def _from_checkpoint(checkpoint: dict[str, Any], path: Path, encoder: Encoder) -> Start:
+    """Take the encoder of one of our training checkpoints, a teacher's where the method has one."""
+    for prefix in ("method.encoder.", "method.teacher.encoder."):
+        found = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        if found:
+            break
+    said = checkpoint["audiossl"]
+    heard, licence = said["config"].get("frontend"), said.get("provenance", {}).get("licence")
+    origin = f"checkpoint {path} (step {checkpoint['global_step']})"
+    return Start(_fit_positions(found, encoder), origin, heard, licence)
+
+
+def _from_authors(checkpoint: dict[str, Any], path: Path, encoder: Encoder) -> Start:
+    """Take the encoder of a published file, or of an image model; raise `UserError` for what is neither."""
     state = checkpoint.get("model", checkpoint)
     if is_audiomae(state):
-        return _fit_positions(import_encoder(state), encoder), f"Audio-MAE's {path}"
-    if _is_timm(state):
-        return from_timm(state, encoder), f"image weights {path}"
-    if passt.is_passt(theirs := passt.bare_names(checkpoint)):
-        return _fit_positions(passt.import_encoder(theirs), encoder), f"PaSST's {path}"
-    raise UserError(
-        f"init={source}: neither ours, Audio-MAE's, PaSST's nor a timm vision transformer: keys {list(state)[:4]}"
-    )
+        family, name, found = "audiomae", "Audio-MAE", import_encoder(state)
+    elif _is_timm(state):
+        return Start(from_timm(state, encoder), f"image weights {path}")
+    elif passt.is_passt(theirs := passt.bare_names(checkpoint)):
+        family, name, found = "passt", "PaSST", passt.import_encoder(theirs)
+    elif theirs := _atst_encoder(checkpoint):
+        family, name, found = "atst", "ATST", atst.import_encoder(theirs, str(path))
+    else:
+        raise UserError(
+            f"init={path}: neither ours, Audio-MAE's, ATST's, PaSST's nor a timm vision transformer: "
+            f"keys {list(state)[:4]}"
+        )
+    fitted = _fit_positions(found, encoder)
+    return Start(fitted, f"{name}'s {path}", published_frontend(family), LICENCES[family])
+
+
+def _atst_encoder(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Find an ATST encoder in a Lightning file, the teacher's before the student's as published; empty without one."""
+    state = checkpoint.get("state_dict", {})
+    for prefix in ("model.teacher.encoder.", "encoder.encoder."):
+        if f"{prefix}patch_embed.patch_embed.weight" in state:
+            return atst.with_prefix(state, prefix)
+    return {}
 
 
 def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
@@ -119,11 +161,15 @@ def _is_timm(state: dict[str, Any]) -> bool:
     return isinstance(kernel, torch.Tensor) and kernel.ndim == 4 and kernel.shape[1] == 3 and "cls_token" in state
 
 
-def _download(name: str) -> dict[str, Tensor]:
+def _download(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Get an image model's weights and licence by timm."""
     import timm
 
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        model = timm.create_model(name, pretrained=True)
+        said = model.pretrained_cfg.get("license")
+        licence = {"name": said, "source": f"timm:{name}", "note": "as timm tells it"} if said else None
+        return model.state_dict(), licence
     except Exception as error:
         raise UserError(
             f"init=timm:{name}: timm could not give these weights ({str(error).splitlines()[0][:120]}); on a machine "
