@@ -122,9 +122,12 @@ def _to_audiomae(model: nn.Module, ours: dict[str, Tensor], published: Published
     if decoder and 0 < num_local < len(model.decoder.blocks):
         published.left_out = {f"decoder.{key}": "their code has no hybrid decoder" for key in decoder}
         return
+    if getattr(model, "level_weight", 0):
+        why = "their code predicts no levels: the last two rows stay here"
+        published.left_out = {f"decoder.predict.{kind}": why for kind in ("weight", "bias")}
     for key, value in decoder.items():
-        name = _their_decoder_name(key)
-        published.tensors[name] = _time_first(key, value, patch[0])
+        value = value[: patch[0] * patch[1]] if key.startswith("predict.") else value
+        published.tensors[_their_decoder_name(key)] = _time_first(key, value, patch[0])
 
 
 def _their_decoder_name(key: str) -> str:
