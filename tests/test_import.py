@@ -142,6 +142,10 @@ def test_a_distilled_file_gives_its_student_or_its_teacher(tmp_path):
     frames |= renamed(atst_head(width, 4, normed=False), "head.")
     moments, _, _ = imported({"state_dict": frames}, tmp_path, f"num_heads={heads}")
     assert moments.head.pooling == "tokens" and moments.encoder.num_class_tokens == 0
+    clips = renamed(clip, "encoder.encoder.clip_encoder.") | renamed(frame, "encoder.encoder.teacher_module.encoder.")
+    clips |= renamed(atst_head(width, 4, normed=False), "head.")
+    moments, _, _ = imported({"state_dict": clips}, tmp_path, f"num_heads={heads}")
+    assert moments.logits(torch.zeros(1, 1, 64, 401)).shape == (1, 100, 4) and moments.encoder.num_class_tokens == 1
 
 
 @pytest.mark.parametrize("prefix", ["net.", "net_swa.", "net._orig_mod.", "net_swa._orig_mod."])

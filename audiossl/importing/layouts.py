@@ -28,7 +28,7 @@ ATST_ENCODERS = {  # prefix of the encoder: (layout, whose part, prefix of its c
     r"model\.(student|teacher)\.encoder\.": ("ATST, pre-trained", None),
     r"(student|teacher)\.(?:module\.)?backbone\.": ("ATST-Clip, pre-trained (DINO-style)", None),
     r"model\.student\.": ("ATST-C2F, distilled", "model.linear."),
-    r"encoder\.encoder\.frame_encoder\.": ("ATST-C2F, distilled on frames", "head."),
+    r"encoder\.encoder\.(?:frame|clip)_encoder\.": ("ATST, distilled on frames", "head."),
     r"encoder\.encoder\.": ("ATST, fine-tuned", "head."),
     r"": ("ATST, the encoder alone", None),
 }
@@ -138,7 +138,7 @@ def _atst_prefixes(checkpoint: Checkpoint) -> list[str]:
 def _atst_part(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str, str | None]:
     """Choose the encoder of an ATST file: (layout, its prefix, that of its classifier)."""
     prefixes = _atst_prefixes(checkpoint)
-    is_distilled = any(prefix in ("model.student.", "encoder.encoder.frame_encoder.") for prefix in prefixes)
+    is_distilled = any(prefix.endswith(("model.student.", "frame_encoder.", "clip_encoder.")) for prefix in prefixes)
     wanted = settings.part or ("student" if is_distilled else "teacher")
     parts = {prefix: match.group(1) for prefix in prefixes if (match := re.search(r"(student|teacher)", prefix))}
     if settings.part and "teacher_module" not in "".join(prefixes) and wanted not in parts.values():
@@ -156,7 +156,7 @@ def _atst_part(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str, st
 def _translate_atst(checkpoint: Checkpoint, settings: Settings) -> Translation:
     name, prefix, head = _atst_part(checkpoint, settings)
     found = atst.translate(checkpoint.tensors, prefix, head, settings, checkpoint.hints)
-    if "C2F" in name and not found.geometry["num_class_tokens"]:
+    if "distilled" in name and not found.geometry["num_class_tokens"]:
         found.method = ATST_DISTILLED
     return found
 

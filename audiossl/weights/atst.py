@@ -219,7 +219,8 @@ def _add_head(found: Translation, weights: dict[str, Tensor]) -> None:
     classes, width_in = weights["linear.weight"].shape
     width, is_clip = found.geometry["width"], found.geometry["num_class_tokens"]
     is_normed = "norm.running_mean" in weights
-    poolings = {2 * width: "class+mean", width: "class"} if is_clip else {width: "mean" if is_normed else "tokens"}
+    poolings = {width: ("class" if is_clip else "mean") if is_normed else "tokens"}
+    poolings |= {2 * width: "class+mean"} if is_clip else {}
     if width_in not in poolings:
         raise UserError(
             f"a classifier of {width_in} features on an encoder of width {width}: of several blocks, as none of ours"
