@@ -67,12 +67,11 @@ def _use(description: dict[str, Any], repo_id: str | None) -> str:
     return f"""## Use
 
 ```python
-import audiossl, soundfile, torch  # pip install from audiossl's repository
+import audiossl  # pip install from audiossl's repository
 
 model = audiossl.load({(repo_id or "the/folder/of/this/file")!r})
-waveform, rate_hz = soundfile.read("clip.wav", dtype="float32", always_2d=True)
-with torch.no_grad():
-    tokens = model(torch.from_numpy(waveform.mean(1))[None], rate_hz)  # (1, tokens, {width}), class tokens first
+found = model.embed("clip.wav")  # any length and rate; or embed(waveform, rate_hz)
+print(found.clip.shape, found.frames.shape)  # (1, {width}), (1, moments, {width})
 ```
 
 Any rate will do (it is resampled to {rate} Hz). The front end is part of the model: what another one shows it means
