@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["audiossl", *arguments[:1]])
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
