@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 from audiossl.errors import UserError
@@ -24,6 +26,23 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; wrong input is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["audiossl", *arguments[:1]])
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it leaves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m audiossl", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,11 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in arguments[:1]:
             importlib.import_module(module).add_arguments(sub)
     args = parser.parse_args(arguments)
-    try:
-        return importlib.import_module(COMMANDS[args.command][0]).main(args)
-    except UserError as error:
-        print(f"audiossl {args.command}: {error}", file=sys.stderr)
-        return 2
+    return importlib.import_module(COMMANDS[args.command][0]).main(args)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,21 @@ if TYPE_CHECKING:
     from audiossl.pretrained import PretrainedEncoder
 
 FORMATS = """\
-FILES are audio files, folders (sub-folders included), patterns such as 'set/*/*.flac', or .txt files that list one file
-a line. Any rate, length up to an hour and number of channels; m4a, mp4, webm and aac need the program ffmpeg.
+FILES are audio files, folders (sub-folders included), patterns such as
+'set/*/*.flac', or .txt files that list one file a line. Any rate, length up to
+an hour and up to 64 channels; m4a, mp4, webm and aac need the program ffmpeg.
 
 OUT holds, row by row or one after the other:
   clip                (files, D') a vector for each file
   files               (files,) their names
   about               what was asked of which encoder, as JSON
 with --frames also
-  frames              (moments of all files, D") and timestamps_seconds (moments,), the middle of each
-  offsets             (files + 1,): those of file i are [offsets[i], offsets[i + 1])
+  frames              (moments, D") of all files, one after the other
+  timestamps_seconds  (moments,) the middle of each
+  offsets             (files + 1,) file i has [offsets[i], offsets[i + 1])
 
-What cannot be used is listed in OUT.rejected.csv with its reason. The exit code is 0 when any file was embedded.
+What cannot be used is listed in OUT.rejected.csv with its reason. The exit code
+is 0 when any file was embedded. The same command goes on where it was stopped.
 """
 
 
@@ -225,6 +228,8 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where it was (so far: {args.out}.partial)", file=sys.stderr)
         return 130
+    except OSError as error:
+        raise UserError(f"{args.out}: {error.strerror or error}; the same command goes on where it was") from error
     if result is None:
         print(f"{args.out}: was complete already")
         return 0

@@ -79,6 +79,8 @@ def embed(
     for what the encoder does not have.
     """
     choice = Choice(layers, pooling, rows, overlap, with_frames)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: how many windows go through at a time, at least 1")
     if isinstance(waveform, str | Path):
         sources, names = [file_blocks(waveform, model)], [str(waveform)]
     else:
@@ -157,6 +159,8 @@ def _row_blocks(row: Tensor, rate_hz: int, model: PretrainedEncoder) -> Iterator
 def as_clips(waveform: Tensor | NDArray, num_samples: Tensor | Sequence[int] | None) -> list[Tensor]:
     """List the clips (S,) of a waveform (S,) or (B, S), each cut to its `num_samples`; raise `UserError` for others."""
     try:
+        if isinstance(waveform, np.ndarray):  # torch takes no other byte order, and no step backwards
+            waveform = np.require(waveform, waveform.dtype.newbyteorder("="), ["C", "W"])
         waveform = torch.as_tensor(waveform)
     except (TypeError, ValueError) as error:
         raise UserError(f"a waveform is a tensor or an array (S,) or (B, S), or a file name: {error}") from error
@@ -167,15 +171,15 @@ def as_clips(waveform: Tensor | NDArray, num_samples: Tensor | Sequence[int] | N
     clips = list(waveform.detach().unsqueeze(0) if waveform.ndim == 1 else waveform.detach())
     if num_samples is None:
         return clips
-    counts = torch.as_tensor(num_samples).reshape(-1).tolist()
-    if len(counts) != len(clips) or not all(0 <= count <= waveform.shape[-1] for count in counts):
+    counts = np.reshape(num_samples.tolist() if isinstance(num_samples, Tensor) else num_samples, -1).tolist()
+    if len(counts) != len(clips) or not all(count in range(waveform.shape[-1] + 1) for count in counts):
         raise UserError(f"num_samples={counts[:8]}: one for each of {len(clips)} clips, at most {waveform.shape[-1]}")
     return [clip[: int(count)] for clip, count in zip(clips, counts, strict=True)]
 
 
 def check_rate(rate_hz: int | None) -> None:
     """Raise `UserError` for a sample rate that cannot be meant."""
-    if rate_hz is None or rate_hz != int(rate_hz) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+    if rate_hz not in range(MIN_RATE_HZ, MAX_RATE_HZ + 1):
         raise UserError(f"sample_rate={rate_hz}: whole Hz between {MIN_RATE_HZ} and {MAX_RATE_HZ}")
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import audiossl
+from audiossl.embeddings import as_clips
 from audiossl.errors import UserError
+from audiossl.features.description import NOT_FINITE
 from audiossl.features.levels import LevelReader, Levels
 from audiossl.features.moments import ChunkReader, TokenReader
 from audiossl.pretrained import PretrainedEncoder
@@ -111,7 +113,8 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel | Concatenation) ->
     Returns embeddings (n_sounds, n_timestamps, timestamp_embedding_size), float32, and their times
     (n_sounds, n_timestamps) in ms, ascending by equal steps; both on the model's device, without gradients.
     """
-    return model.eval().moments(_checked(audio, model))
+    embeddings, times = model.eval().moments(_checked(audio, model))
+    return _finite(embeddings), times
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel | Concatenation) -> Tensor:
@@ -119,7 +122,7 @@ def get_scene_embeddings(audio: Tensor, model: HearModel | Concatenation) -> Ten
 
     On the model's device, without gradients.
     """
-    return model.eval()(_checked(audio, model))
+    return _finite(model.eval()(_checked(audio, model)))
 
 
 def reader_of(model: PretrainedEncoder, **choices: Any) -> LevelReader | ChunkReader | TokenReader:
@@ -177,8 +180,20 @@ def _called(reader: Callable[..., nn.Module], name: str, model: PretrainedEncode
 
 
 def _checked(audio: Tensor, model: HearModel | Concatenation) -> Tensor:
+    clips = as_clips(audio, None)
     if audio.ndim != 2:
         raise UserError(f"audio of shape {tuple(audio.shape)}: HEAR wants (n_sounds, n_samples)")
-    if not audio.shape[1]:
-        raise UserError("audio without a single sample has no embedding")
-    return to_float(audio.detach().to(model.device))
+    if not clips or not len(clips[0]):
+        raise UserError(f"audio of shape {tuple(audio.shape)}: without a single sample there is no embedding")
+    audio = to_float(torch.stack(clips).to(model.device))
+    broken = (~audio.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(f"sound {broken[0]}: NaN or Inf samples")
+    return audio
+
+
+def _finite(embeddings: Tensor) -> Tensor:
+    broken = (~embeddings.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(f"sound {broken[0]}: {NOT_FINITE}")
+    return embeddings

@@ -18,6 +18,7 @@ from torch import Tensor
 from audiossl.embed import add_encoder_arguments, load_for
 from audiossl.embeddings import evaluating, file_blocks
 from audiossl.errors import UserError
+from audiossl.features.description import NOT_FINITE
 from audiossl.features.windows import Layout, Piece, cut, speaks_for, windows_for
 from audiossl.sound.audio import AudioError
 from audiossl.sound.listing import find_files, none_of
@@ -50,6 +51,8 @@ def tag(
     with evaluating(model):
         for windows in windows_for(model.encoder, model.frontend, layout, cut(0, blocks, layout), batch_size):
             logits = model.logits(windows.spectrogram, windows.valid_frames).float().cpu()
+            if not logits.isfinite().all():
+                raise AudioError(NOT_FINITE)
             scores = logits.softmax(-1) if exclusive else logits.sigmoid()
             is_taken = speaks_for(windows, model.encoder, mask_padding=model.mask_padding)
             for piece, some, mask in zip(windows.pieces, scores, is_taken, strict=True):

@@ -244,6 +244,11 @@ WRONG = [
     (np.zeros(9), 16000, {"pooling": "sum"}, "pooling=sum"),
     (np.zeros(9), 16000, {"overlap": 1.0}, "overlap=1.0: windows share"),
     (np.zeros((2, 9)), 16000, {"num_samples": [9]}, "one for each of 2 clips"),
+    (np.zeros(9), float("nan"), {}, "sample_rate=nan: whole Hz"),
+    (np.zeros(9), 16000, {"layers": [0.5]}, r"layers=\[0.5\]: last"),
+    (np.zeros(9), 16000, {"overlap": None}, "overlap=None: windows share"),
+    (np.zeros(9), 16000, {"batch_size": 0}, "batch_size=0: how many"),
+    (np.zeros(9), 16000, {"num_samples": ["all"]}, "one for each of 1 clips"),
     ("/nowhere.wav", None, {}, "/nowhere.wav: cannot be read: No such file"),
 ]
 
@@ -253,6 +258,13 @@ def test_what_cannot_be_meant_is_one_clear_line(waveform, rate_hz, choices, mess
     with pytest.raises(UserError, match=message) as caught:
         encoder_of("audiomae").embed(waveform, rate_hz, **choices)
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_of_any_order_and_numpys_numbers_are_taken():
+    model, clip = encoder_of("audiomae"), noise(1, 16000)
+    expected = model.embed(clip, 16000, layers=[0, 1]).clip
+    for same in (clip[::-1].copy()[::-1], clip.astype(">f4"), np.frombuffer(clip.tobytes(), np.float32)):
+        assert torch.equal(model.embed(same, np.int64(16000), layers=np.arange(2)).clip, expected)
 
 
 def test_class_tokens_of_an_encoder_without_any_are_refused():

@@ -169,6 +169,23 @@ def test_a_finished_file_is_left_alone(place, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "x.npz").read_bytes() == before
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, many, tmp_path):
+    settings = f"-m audiossl embed --encoder audiomae many --frames --out {tmp_path}/x.npz"
+    full = f"ulimit -f 8; exec {sys.executable} {settings}"  # kB a file
+    env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    done = subprocess.run(["bash", "-c", full], cwd=place, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "x.npz").exists()
+    assert done.stderr.splitlines()[-1].endswith("x.npz: File too large; the same command goes on where it was")
+    assert run(*settings.split()[2:], cwd=place).returncode == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place, many):
+    env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", PYTHONUNBUFFERED="")
+    command = f"{sys.executable} -m audiossl tag --encoder passt many many odd/whole.wav | true"
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, timeout=200)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 def test_hdf5_holds_the_same(place, many, tmp_path):
     h5py = pytest.importorskip("h5py")
     for out in ("x.npz", "x.h5"):
@@ -231,6 +248,7 @@ def test_tagging_prints_the_top_classes_and_averages_windows(place, tmp_path, ca
     [
         ("audiomae", "odd/whole.wav", "--encoder audiomae: has no classifier"),
         ("passt", "odd/nan.wav", "nothing could be tagged: odd/nan.wav: NaN or Inf samples"),
+        ("passt", "odd/far_too_loud.wav", "odd/far_too_loud.wav: features are not finite"),
     ],
 )
 def test_what_cannot_be_tagged_is_one_line(place, model, file, message, capsys, monkeypatch):

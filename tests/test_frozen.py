@@ -7,7 +7,7 @@ from atsts import ATSTGolden, large_cases
 from exported import encoder_of, noise
 
 from audiossl.errors import UserError
-from audiossl.features.frozen import atst_features
+from audiossl.features.moments import atst_features
 from audiossl.pretrained import PretrainedEncoder
 
 

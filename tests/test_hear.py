@@ -254,11 +254,25 @@ def test_a_choice_that_does_not_exist_is_named(exported, name, choices, message)
         hear.load_model(exported(name) + choices)
 
 
+@pytest.mark.parametrize("name", ["passt", "atst_clip", "atst_frame", "audiomae"])
+def test_no_encoder_answers_with_nan(exported, name):
+    model = hear.load_model(exported(name))
+    audio = sounds(model)
+    for broken, message in ((float("nan"), "1: NaN or Inf"), (1e30, "1: features are not finite")):
+        audio[1, 5000:9000] = broken
+        for get in (hear.get_scene_embeddings, hear.get_timestamp_embeddings):
+            with pytest.raises(UserError, match=message):
+                get(audio, model)
+
+
 def test_wrong_paths_and_audio_end_in_one_line(exported):
     with pytest.raises(UserError, match="--model PATH"):
         hear.load_model()
     model = hear.load_model(exported("passt"))
     with pytest.raises(UserError, match="HEAR wants"):
         hear.get_scene_embeddings(torch.zeros(32000), model)
-    with pytest.raises(UserError, match="without a single sample"):
-        hear.get_timestamp_embeddings(torch.zeros(2, 0), model)
+    with pytest.raises(UserError, match="give float in"):
+        hear.get_scene_embeddings(torch.zeros(1, 32000, dtype=torch.int64), model)
+    for nothing in (torch.zeros(2, 0), torch.zeros(0, 2)):
+        with pytest.raises(UserError, match="without a single sample"):
+            hear.get_timestamp_embeddings(nothing, model)

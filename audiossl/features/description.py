@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "max", "class", "class+mean"]
 Layers = Literal["last"] | int | Sequence[int]
 Rows = Literal["mean", "concat"]
+NOT_FINITE = "features are not finite: are its samples far beyond [-1, 1]?"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Choice:
     def blocks(self, model: PretrainedEncoder) -> list[int]:
         """Number the blocks that are read; raise `UserError` for what the encoder does not have."""
         depth, layers = len(model.encoder.blocks), self.layers
+        layers = layers.tolist() if isinstance(layers, Tensor | np.ndarray | np.integer) else layers
         if self.pooling not in ("mean", "max", "class", "class+mean") or self.rows not in ("mean", "concat"):
             raise UserError(
                 f"pooling={self.pooling} rows={self.rows}: mean, max, class or class+mean; rows are mean or concat"
@@ -53,10 +56,14 @@ class Choice:
             return [depth - 1]
         if isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= depth:
             return list(range(depth - layers, depth))
-        if isinstance(layers, list | tuple | range) and layers and all(-depth <= block < depth for block in layers):
-            return [block % depth for block in layers]
+        if (
+            isinstance(layers, list | tuple | range)
+            and layers
+            and all(block in range(-depth, depth) for block in layers)
+        ):
+            return [int(block) % depth for block in layers]
         raise UserError(
-            f"layers={layers}: last, the number of last blocks (1 to {depth}), or blocks of 0 to {depth - 1}"
+            f"layers={layers}: last, the number of last blocks (1 to {depth}), or [blocks], 0 to {depth - 1}"
         )
 
 
@@ -113,7 +120,7 @@ def described(
             elif clip.sums.isfinite().all() and clip.classes.isfinite().all():
                 yield piece.clip, clip
             else:
-                yield piece.clip, AudioError("features are not finite: are its samples far beyond [-1, 1]?")
+                yield piece.clip, AudioError(NOT_FINITE)
         for number in failed.keys() - reported:
             open_clips.pop(number, None)
             reported.add(number)

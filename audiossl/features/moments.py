@@ -8,17 +8,20 @@ two methods of `features.levels.LevelReader`: `moments` and `scenes`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from audiossl.embeddings import embed
+from audiossl.embeddings import Embeddings, as_clips, check_rate, embed, evaluating
 from audiossl.errors import UserError
-from audiossl.features.chunks import clip_features_in_chunks
+from audiossl.features.chunks import clip_features_in_chunks, frame_features_in_chunks
 from audiossl.features.levels import free_length, in_batches
 from audiossl.features.timestamps import scene_embedding, timestamp_embedding
 from audiossl.pretrained import PretrainedEncoder
+from audiossl.sound.waveform import resample
 
 
 class ChunkReader(nn.Module):
@@ -114,6 +117,54 @@ class TokenReader(nn.Module):
         """Describe recordings (B, S) at the model's rate as wholes: (B, scene_size)."""
         found = embed(self.model, waveform, self.model.rate_hz, with_frames=False, **self.how)
         return found.clip.to(waveform.device)
+
+
+def atst_features(
+    model: PretrainedEncoder,
+    waveform: Tensor | NDArray,
+    sample_rate: int,
+    *,
+    num_samples: Tensor | Sequence[int] | None = None,
+    num_layers: int = 12,
+    rules: Literal["published", "corrected"],
+) -> Embeddings:
+    """Describe clips (S,) or (B, S) as ATST's downstream code does a frozen encoder's: `embed`'s result.
+
+    Moments, times and `rules` are those of `ChunkReader`. `clip` is too where the encoder has a class token
+    (B, 2 n D); of one without it is the mean over the chunks by the rules of ATST-Frame's linear evaluation (B, n D),
+    which leave a last chunk out where HEAR's weigh it. The 80 dB of the log-mel count from the clip's own maximum, so
+    that a clip is held whole; `embed` holds none. An encoder of fewer blocks than `num_layers` gives all.
+
+    Raises `UserError` for samples that are not finite, and for none.
+    """
+    clips, found = as_clips(waveform, num_samples), []
+    check_rate(sample_rate)
+    reader = ChunkReader(model, num_layers=min(num_layers, len(model.encoder.blocks)), rules=rules)
+    with evaluating(model, reader):
+        for number, clip in enumerate(clips):
+            if not len(clip) or not clip.isfinite().all():
+                raise UserError(f"clip {number}: {'NaN or Inf samples' if len(clip) else 'no samples'}")
+            found.append(_frozen(reader, clip[None].to(reader.frontend.window.device), int(sample_rate)))
+    if not found:
+        raise UserError("no clips: give at least one")
+    frames, longest = [some[0].cpu() for _, some, _ in found], max(found, key=lambda some: some[2].shape[1])
+    return Embeddings(
+        torch.cat([some.cpu() for some, _, _ in found]),
+        nn.utils.rnn.pad_sequence(frames, batch_first=True),
+        longest[2][0].cpu().double() / 1000,
+        torch.tensor([len(some) for some in frames]),
+    )
+
+
+@torch.no_grad()
+def _frozen(reader: ChunkReader, waveform: Tensor, rate_hz: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the vector of a clip (1, S), its moments and their times in ms."""
+    waveform, encoder = resample(waveform, rate_hz, reader.model.rate_hz), reader.model.encoder
+    if encoder.num_class_tokens:
+        return reader.scenes(waveform), *reader.moments(waveform)
+    mel, sizes = reader.mel(waveform), dict(chunk_frames=reader.chunk_frames, num_layers=reader.num_layers)
+    clip = frame_features_in_chunks(encoder, mel, torch.tensor([mel.shape[-1]]), **sizes)
+    return clip, *reader.moments(waveform)
 
 
 def check_layers(encoder: nn.Module, num_layers: int | None, default: int) -> int:

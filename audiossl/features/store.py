@@ -192,7 +192,8 @@ def plan_of(out: Path) -> dict[str, Any] | None:
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Say which settings differ, before -> now; empty where none does."""
     pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
-    return ", ".join(f"{key}: {_short(a)} -> {_short(b)}" for key, (a, b) in pairs.items() if a != b)
+    shown = {key: [_short(value) for value in pair] for key, pair in pairs.items() if pair[0] != pair[1]}
+    return ", ".join(f"{key}: {' -> '.join(pair)}" if pair[0] != pair[1] else key for key, pair in shown.items())
 
 
 def _short(value: Any) -> str:

@@ -63,7 +63,7 @@ class Layout:
 
         A window is as long as the front end's spectrogram, or as the encoder's position table where that has none.
         """
-        if not 0 <= overlap < 1:
+        if not isinstance(overlap, int | float) or not 0 <= overlap < 1:
             raise UserError(f"overlap={overlap}: windows share between 0 and .9 of their length, 0.5 for example")
         frames = frontend.frames or encoder.geometry["frames"]
         columns = grid_of(frontend.num_mels, frames, encoder.patch, encoder.stride)[1]

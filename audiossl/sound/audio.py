@@ -197,7 +197,8 @@ def _mono_blocks(file: soundfile.SoundFile, wanted: int) -> Iterator[np.ndarray]
             if left <= slack:
                 return
             raise AudioError(f"cut: {wanted - left} of {wanted} frames")
-        mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+        with np.errstate(invalid="ignore"):  # Inf and -Inf on two channels
+            mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
         if not np.isfinite(mono).all():
             raise AudioError("NaN or Inf samples")
         left -= len(block)

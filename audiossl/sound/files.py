@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from audiossl.errors import UserError
 from audiossl.sound import audio, ffmpeg
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def read(path: str | Path) -> tuple[Tensor, int]:
 
     Raises `UserError` that names the file and what is wrong with it.
     """
+    import torch
+
     try:
         with open_audio(path) as stream:
             return torch.from_numpy(np.concatenate(list(stream.blocks))), stream.rate_hz

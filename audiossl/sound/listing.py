@@ -34,7 +34,7 @@ def find_files(arguments: Sequence[str]) -> Found:
         try:
             for path in _resolve(argument):
                 if not path.is_file():
-                    found.rejected.append((str(path), "no such file"))
+                    found.rejected.append((str(path), "not a file" if path.exists() else "no such file"))
                 elif path not in seen:
                     seen.add(path)
                     found.files.append(path)
