@@ -195,7 +195,7 @@ def _lines_of(path: Path) -> list[str]:
 
 def check_destination(destination: Path, settings: Settings) -> None:
     """Refuse a place that is taken before anything is read."""
-    if destination.exists() and not destination.is_dir():
+    if destination.is_file():
         raise UserError(f"{destination}: is a file; give a folder")
     if (destination / "encoder.safetensors").exists() and not settings.overwrite:
         raise UserError(f"{destination}: holds an encoder already; overwrite=true replaces it")
@@ -203,8 +203,11 @@ def check_destination(destination: Path, settings: Settings) -> None:
 
 def write_import(imported: Imported, description: dict[str, Any], destination: Path) -> None:
     """Write encoder.safetensors, encoder.json and import_report.json: all three or, on a failure, none."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be made ({error.strerror or error})") from error
     try:
         write_export(imported.encoder, imported.head, description, folder / "encoder.safetensors")
         report = as_dict(imported.translation.rows, imported.missing) | {"layout": imported.layout}
