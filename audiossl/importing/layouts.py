@@ -100,7 +100,7 @@ def _refuse_unreal(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse what is no plain tensor, or claims more values than lie in the file: sizes are read off shapes."""
     for key, value in tensors.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
-            raise UserError(f"{path}: {key} is sparse, quantised, complex or empty of values; plain tensors are read")
+            raise UserError(f"{path}: {key} is sparse, quantised, complex or without values: not a plain tensor")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {key} claims shape {list(value.shape)}, and its values are not in the file")
 
@@ -190,11 +190,10 @@ def _translate_passt(checkpoint: Checkpoint, settings: Settings) -> Translation:
     theirs = {bare: checkpoint.tensors[key] for bare, key in full.items()}
     found = passt.translate(theirs, settings, file_name=checkpoint.path.name)
     found.rows = [Row(full[row.source], row.action, row.ours, row.why) for row in found.rows]
-    taken = set(full.values())
+    taken, reasons = set(full.values()), {"mel": "the front end's own"}
+    reasons |= {"net": "the average, net_swa.*, is taken"} if prefix == "net_swa." else {}
     for key in (key for key in checkpoint.tensors if key not in taken):
-        why = {"net.": "the average, net_swa.*, is taken", "mel.": "the front end's own"}.get(
-            key.split(".")[0] + ".", ""
-        )
+        why = reasons.get(key.split(".")[0], "")
         found.rows.append(Row(key, Action.DROPPED if why else Action.UNKNOWN, why=why))
     return found
 

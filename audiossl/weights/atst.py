@@ -195,12 +195,8 @@ def _row(key: str, prefix: str, head: str | None, is_clip: bool) -> Row:
 
 def _hear_hints(found: Translation, hints: Mapping[str, Any]) -> None:
     """Take from the file's own words what shapes do not tell, and say so."""
-    window = hints.get("win_length")
-    if (
-        isinstance(window, int)
-        and window > 0
-        and window * 1000 != found.frontend["window_ms"] * found.frontend["rate_hz"]
-    ):
+    window, own = hints.get("win_length"), found.frontend["window_ms"] * found.frontend["rate_hz"] / 1000
+    if isinstance(window, int) and window > 0 and window != own:
         found.frontend["window_ms"] = window * 1000 / found.frontend["rate_hz"]
         found.notes.append(f"window_ms={found.frontend['window_ms']:g}: the file says win_length={window}")
     length = hints.get("train_len", hints.get("anchor_len"))
