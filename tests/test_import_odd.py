@@ -1,7 +1,10 @@
 """Files that claim what they do not hold, places that cannot be written, and sizes nobody published."""
 
+import zipfile
+
 import torch
 from imports import example, imported, official, refused, run
+from safetensors.torch import save_file
 
 import audiossl
 
@@ -24,6 +27,19 @@ def test_shapes_that_claim_more_than_the_file_holds_build_no_model(tmp_path):
         for content in files:
             torch.save({"model": content}, tmp_path / "odd.pth")
             assert said in refused(tmp_path, tmp_path / "odd.pth", f"num_heads={heads}")
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path):
+    torch.save(official(PASST)[0], tmp_path / "ours.pt")
+    with zipfile.ZipFile(tmp_path / "ours.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name) + bytes(10**7), compress_type=zipfile.ZIP_DEFLATED)
+    assert "unpacks to more than it is" in refused(tmp_path, tmp_path / "bomb.pt")
+
+
+def test_nobody_is_told_to_let_a_broken_file_run_its_code(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "misnamed.pth")
+    assert "weights_only" not in refused(tmp_path, tmp_path / "misnamed.pth")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
