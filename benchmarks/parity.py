@@ -41,6 +41,7 @@ from audiossl.features.chunks import (  # noqa: E402
 from audiossl.features.classifier import pool_tokens  # noqa: E402
 from audiossl.features.events import frame_loss, frame_probabilities, pool_by_class  # noqa: E402
 from audiossl.features.timestamps import frame_features, scene_embedding, timestamp_embedding  # noqa: E402
+from audiossl.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, reader_of  # noqa: E402
 from audiossl.masking import keep_cells  # noqa: E402
 from audiossl.patches import grid_of  # noqa: E402
 from audiossl.pretrained import PretrainedEncoder  # noqa: E402
@@ -70,8 +71,10 @@ class Case:
     def model(self, file: str | None = None, **settings: object) -> PretrainedEncoder:
         """Import a checkpoint as a user does, and load what came of it."""
         source = self.file if file is None else self.folder / file
-        heads = (self.config.get("arch_replaced_by") or self.config)["num_heads"]
-        words = [f"{key}={value}" for key, value in (dict(num_heads=heads) | settings).items()]
+        told: dict[str, object] = {"num_heads": (self.config.get("arch_replaced_by") or self.config)["num_heads"]}
+        size = self.config.get("img_size")  # (frames, bands) of Audio-MAE, (bands, frames) of PaSST
+        told |= {"num_mels": size[-1 if self.name.startswith("mae") else 0]} if size else {}
+        words = [f"{key}={value}" for key, value in (told | settings).items()]
         target = self.scratch / f"{self.name}-{source.stem}-{'-'.join(words[1:])}"
         if not target.exists():
             with contextlib.redirect_stdout(io.StringIO()):
@@ -284,7 +287,7 @@ def passt(case: Case) -> Made:
         return
     model = case.model()
     if "wav_i16" in case.input:
-        yield from heard_scenes(case, model)
+        yield from heard(case, model)
         return
     labels, x = case.input["labels"].float(), case.input["x"]
     if "kept_t" in case.expected or "kept_u" in case.expected or case.case["mode"].startswith("train"):
@@ -331,19 +334,16 @@ def patched_out(case: Case, model: PretrainedEncoder, x: Tensor, labels: Tensor)
     yield "bce", binary_cross_entropy_with_logits(model.head(features), labels)
 
 
-def heard_scenes(case: Case, model: PretrainedEncoder) -> Made:
-    """Describe clips of at most ten seconds in one go, from the waveform on, as the HEAR interface does."""
-    model.frontend.frames = None
-    waveform = to_float(case.input["wav_i16"])
-    if waveform.shape[1] > 10 * model.rate_hz:
-        return
-    spectrogram = model.frontend(waveform)
-    logits, features = model.logits(spectrogram), pool_tokens(model.tokens(spectrogram), "class", 2)
-    modes = {"all": torch.cat([logits, features], dim=1), "logits": logits, "embed_only": features}
-    for name in case.expected:
-        module, mode, what = name.split(".")
-        if what == "scene" and module.startswith("base2level") | (module == "base"):
-            yield name, modes[mode]
+def heard(case: Case, model: PretrainedEncoder) -> Made:
+    """Describe scenes and moments of clips of any length, from the waveform on, by the HEAR interface."""
+    audio = to_float(case.input["wav_i16"])
+    for module, mode in dict.fromkeys(tuple(name.split(".")[:2]) for name in case.expected):
+        reader = HearModel(reader_of(model, module=module, mode=mode))
+        yield f"{module}.{mode}.scene", get_scene_embeddings(audio, reader)
+        if f"{module}.{mode}.timestamp_embeddings" in case.expected:
+            moments, times = get_timestamp_embeddings(audio, reader)
+            yield f"{module}.{mode}.timestamp_embeddings", moments
+            yield f"{module}.{mode}.timestamps_ms", times
 
 
 def image_start(case: Case) -> Made:
@@ -421,8 +421,8 @@ def write_page(results: list[Result], path: Path) -> None:
 Written by `python benchmarks/parity.py`. Each checkpoint of the golden cases (the authors' code and file layouts, small
 random weights) goes through `python -m audiossl import` and `audiossl.load`; what encoder, front end and classifier
 then give is compared with what the authors' code gave: evaluation features, logits, forward passes with their masks
-and kept patches, fine-tuned and frame-level classifiers, interpolated positions. The bound is ten times the authors'
-own float32 rounding, 1e-5 where it was not measured; the row shows the tensor that comes nearest to its bound.
+and kept patches, fine-tuned and frame-level classifiers, interpolated positions, HEAR. The bound is ten times
+the authors' own float32 rounding, 1e-5 where it was not measured; the row shows the tensor nearest to its bound.
 {met} of {len(results)} cases met, {compared} tensors compared. "imports": the case holds training steps only, which an
 encoder alone cannot take (they are compared elsewhere: [methods](methods.md)). The full-size published files were not
 at hand: that they load is not shown here.

@@ -70,6 +70,14 @@ def run(*words: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def refused(tmp_path: Path, *words: object, target: str = "ours") -> str:
+    """Run an import that must fail; give its one line."""
+    code, _, err = run(*words[:1], tmp_path / target, *words[1:])
+    assert code == 2 and err.count("\n") == 1, err
+    assert not (tmp_path / target).exists() and not list(tmp_path.glob(f".{target}.*"))
+    return err
+
+
 def imported(content: object, tmp_path: Path, *words: str, name: str = "theirs.ckpt"):
     """Save `content`, import it, and load it: (model, the report of the file's tensors, what was printed)."""
     source, target = tmp_path / name, tmp_path / f"ours-{len(list(tmp_path.iterdir()))}"

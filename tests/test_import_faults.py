@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from imports import example, imported, official, run
+from imports import example, imported, official, refused, run
 from safetensors.torch import save_file
 
 import audiossl
@@ -24,14 +24,6 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.mark,)
-
-
-def refused(tmp_path, *words, target="ours") -> str:
-    """Run an import that must fail; give its one line."""
-    code, _, err = run(*words[:1], tmp_path / target, *words[1:])
-    assert code == 2 and err.count("\n") == 1, err
-    assert not (tmp_path / target).exists() and not list(tmp_path.glob(f".{target}.*"))
-    return err
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -124,6 +116,7 @@ def test_a_missing_misshapen_or_damaged_tensor_is_named(pattern, tmp_path):
         ("overwrite=maybe", "true or false"),
         ("labels=none.txt", "no such file"),
         ("stride=7,7", "stride of 7"),
+        ("seconds=100000", "more than 1000 times"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(word, said, tmp_path):

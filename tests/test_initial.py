@@ -17,6 +17,7 @@ from audiossl.errors import UserError
 from audiossl.running.build import load_initial_weights, start_from
 from audiossl.weights.export import export_encoder
 from audiossl.weights.origins import LICENCES, join_licences, published_frontend
+from audiossl.weights.publishing import publish
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,15 @@ def test_the_authors_file_gives_its_encoder():
     before = method.encoder.blocks[0].attn.qkv.weight.clone()
     said = load_initial_weights(method, str(case / "official.pth"))
     assert "Audio-MAE" in said and not torch.equal(method.encoder.blocks[0].attn.qkv.weight, before)
+
+
+def test_the_authors_file_of_other_mel_bands_gives_its_encoder(tmp_path):
+    donor = audiomae(frames=64, num_mels=64, width=64, depth=2, num_heads=4)
+    torch.save(publish(donor, "audiomae").content, tmp_path / "theirs.pth")
+    method = audiomae(frames=64, num_mels=64, width=64, depth=2, num_heads=4)
+    load_initial_weights(method, str(tmp_path / "theirs.pth"))
+    for key, value in donor.encoder.state_dict().items():
+        assert torch.equal(method.encoder.state_dict()[key], value), key
 
 
 def test_weights_of_another_size_are_one_line_with_both_shapes(image_model, tmp_path):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   labels=FILE                       names of the classes, one a line, or class_labels_indices.csv
   allow_unknown=true                drop tensors that are not known instead of refusing them
   overwrite=true                    replace the export in DST
-and any key of the front end: {", ".join(sorted(FRONTEND_KEYS))}"""
+and any key of the front end:
+{textwrap.fill(", ".join(sorted(FRONTEND_KEYS)), 78, initial_indent="  ", subsequent_indent="  ")}"""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -135,7 +137,10 @@ def _check(
     for key, value in wanted.items():
         if weights[key].shape != value.shape:
             raise UserError(f"{source}: {key} has shape {list(weights[key].shape)}, not {list(value.shape)}")
-        if weights[key].is_floating_point() and not bool(weights[key].isfinite().all()):
+        if weights[key].is_floating_point() != value.is_floating_point():
+            kind = str(weights[key].dtype).removeprefix("torch.")
+            raise UserError(f"{source}: {key} holds {kind}, which is none of these weights")
+        if value.is_floating_point() and not bool(weights[key].isfinite().all()):
             raise UserError(f"{source}: {key} holds NaN or infinity: the file is damaged")
 
 
@@ -195,16 +200,23 @@ def _lines_of(path: Path) -> list[str]:
 
 def check_destination(destination: Path, settings: Settings) -> None:
     """Refuse a place that is taken before anything is read."""
-    if destination.exists() and not destination.is_dir():
+    try:
+        is_file, is_taken = destination.is_file(), (destination / "encoder.safetensors").exists()
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be made ({error.strerror})") from error
+    if is_file:
         raise UserError(f"{destination}: is a file; give a folder")
-    if (destination / "encoder.safetensors").exists() and not settings.overwrite:
+    if is_taken and not settings.overwrite:
         raise UserError(f"{destination}: holds an encoder already; overwrite=true replaces it")
 
 
 def write_import(imported: Imported, description: dict[str, Any], destination: Path) -> None:
     """Write encoder.safetensors, encoder.json and import_report.json: all three or, on a failure, none."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be made ({error.strerror or error})") from error
     try:
         write_export(imported.encoder, imported.head, description, folder / "encoder.safetensors")
         report = as_dict(imported.translation.rows, imported.missing) | {"layout": imported.layout}

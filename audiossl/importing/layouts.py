@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from audiossl.errors import UserError
@@ -24,6 +25,12 @@ from audiossl.weights.reading import read_weights
 from audiossl.weights.translation import Action, Row, Settings, Translation
 
 WRAPPERS = ("module.", "_orig_mod.")  # of data parallel and of compiled models, around every key
+MODELS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "state_dict_ema",
+)  # of the weights: the first one counts
 ATST_ENCODERS = {  # prefix of the encoder: (layout, whose part, prefix of its classifier)
     r"model\.(student|teacher)\.encoder\.": ("ATST, pre-trained", None),
     r"(student|teacher)\.(?:module\.)?backbone\.": ("ATST-Clip, pre-trained (DINO-style)", None),
@@ -67,13 +74,12 @@ def checkpoint_of(path: Path, content: Mapping[str, Any]) -> Checkpoint:
             f"{path}: a checkpoint of ours; its run's folder has encoder.safetensors, which needs no import"
         )
     tensors, beside, hints = {}, {}, {}
+    model = next((name for name in MODELS if _is_state(content.get(name))), None)
     for name, value in content.items():
         name = str(name)
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif name in ("state_dict", "model", "student", "teacher", "state_dict_ema", "model_state_dict") and _is_state(
-            value
-        ):
+        elif name in (model, "student", "teacher") and _is_state(value):
             prefix = f"{name}." if name in ("student", "teacher") else ""
             tensors |= {prefix + key: tensor for key, tensor in value.items() if _is_weight(key, tensor)}
         elif name in ("args", "hyper_parameters"):
@@ -83,11 +89,20 @@ def checkpoint_of(path: Path, content: Mapping[str, Any]) -> Checkpoint:
             beside[name] = type(value).__name__
     if not tensors:
         raise UserError(f"{path}: holds no tensors, only {', '.join(list(content)[:5]) or 'nothing'}")
+    _refuse_unreal(tensors, path)
     is_flat = all(str(name) in tensors for name in content)
-    for wrapper in WRAPPERS:
-        if all(key.startswith(wrapper) for key in tensors):
-            tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), None):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return Checkpoint(path, tensors, hints, beside, is_flat)
+
+
+def _refuse_unreal(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what is no plain tensor, or claims more values than lie in the file: sizes are read off shapes."""
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            raise UserError(f"{path}: {key} is sparse, quantised, complex or without values: not a plain tensor")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key} claims shape {list(value.shape)}, and its values are not in the file")
 
 
 def _is_state(value: Any) -> bool:
@@ -115,7 +130,13 @@ def translate(checkpoint: Checkpoint, settings: Settings) -> tuple[str, Translat
         found = layout.translate(checkpoint, settings)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:  # tensors that are missing or of another shape
+    except (
+        KeyError,
+        ValueError,
+        IndexError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # tensors missing or of another shape
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{checkpoint.path}: looks like {layout.name}, but {what}") from error
     name = layout.name
@@ -169,11 +190,10 @@ def _translate_passt(checkpoint: Checkpoint, settings: Settings) -> Translation:
     theirs = {bare: checkpoint.tensors[key] for bare, key in full.items()}
     found = passt.translate(theirs, settings, file_name=checkpoint.path.name)
     found.rows = [Row(full[row.source], row.action, row.ours, row.why) for row in found.rows]
-    rest = [key for key in checkpoint.tensors if not key.startswith(prefix)]
-    for key in rest:
-        why = {"net.": "the average, net_swa.*, is taken", "mel.": "the front end's own"}.get(
-            key.split(".")[0] + ".", ""
-        )
+    taken, reasons = set(full.values()), {"mel": "the front end's own"}
+    reasons |= {"net": "the average, net_swa.*, is taken"} if prefix == "net_swa." else {}
+    for key in (key for key in checkpoint.tensors if key not in taken):
+        why = reasons.get(key.split(".")[0], "")
         found.rows.append(Row(key, Action.DROPPED if why else Action.UNKNOWN, why=why))
     return found
 

@@ -17,6 +17,7 @@ from audiossl.patches import grid_of
 from audiossl.weights.translation import Settings, Translation
 
 FITTING = {"published": "sine-cosine", "corrected": "sine-cosine", "cut": "learned", "interpolated": "learned"}
+LONGEST = 1000  # times the length trained on; beyond it is a slip, and tables fill the memory
 TABLES = {"learned": "positions.table", "time+frequency": "positions.time"}
 
 
@@ -33,14 +34,15 @@ def fit_length(found: Translation, settings: Settings) -> None:
     bands, own = found.geometry["num_mels"], found.frontend["num_mels"]
     if own != bands:
         raise UserError(f"num_mels={own}: these weights hear {bands} mel bands")
-    frames = instantiate(found.frontend).frames
-    if frames is None or "seconds" not in settings.frontend:
+    frames, geometry = instantiate(found.frontend).frames, found.geometry
+    rows, columns = _grid(found, geometry["frames"])
+    wanted = columns if frames is None else _grid(found, frames)[1]
+    if wanted > LONGEST * columns:
+        raise UserError(f"seconds={found.frontend['seconds']:g}: more than {LONGEST} times what the weights reach")
+    if frames is None or ("seconds" not in settings.frontend and wanted <= columns):  # a shorter hop makes more of it
         if settings.positions and settings.like is None:
             raise UserError(f"positions={settings.positions}: fitted to which length? give seconds")
         return
-    geometry = found.geometry
-    rows, columns = _grid(found, geometry["frames"])
-    wanted = _grid(found, frames)[1]
     is_frame = geometry["positions"] == "learned" and not geometry["num_class_tokens"]
     if wanted == columns and not (is_frame and settings.positions == "interpolated"):
         return  # ATST-Frame's code stretches by a tenth of a column even at its own length

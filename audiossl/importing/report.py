@@ -81,7 +81,8 @@ def print_report(rows: Sequence[Row], missing: Sequence[str], console: Console) 
     """Print what became of every tensor, and which of ours the file did not have."""
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     for name in ("in the file", "tensors", "", "here", "why"):
-        table.add_column(name, justify="right" if name == "tensors" else "left", overflow="fold")
+        is_name = name in ("in the file", "here") and console.width >= 120  # reasons are wrapped first
+        table.add_column(name, justify="right" if name == "tensors" else "left", overflow="fold", no_wrap=is_name)
     for source, action, ours, why, count in fold_dropped(summarise(rows)):
         colour = {Action.UNKNOWN: "red", Action.DROPPED: "yellow"}.get(action, "")
         table.add_row(

@@ -18,7 +18,7 @@ from torch import Tensor
 from audiossl.errors import UserError
 from audiossl.weights.published import ATST, ATST_LICENCE, ATST_MEL, ATST_SECONDS
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
+from audiossl.weights.translation import Action, Row, Settings, Translation, count_blocks, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # of the published widths; shapes do not tell
 PATCH = (64, 4)  # mel bands, frames
@@ -115,7 +115,7 @@ def read_geometry(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[s
         "patch": list(PATCH),
         "stride": list(PATCH),
         "width": width,
-        "depth": 1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("blocks.")),
+        "depth": count_blocks(theirs),
         "num_heads": heads_of(num_heads, HEADS, width),
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in theirs,
@@ -195,8 +195,8 @@ def _row(key: str, prefix: str, head: str | None, is_clip: bool) -> Row:
 
 def _hear_hints(found: Translation, hints: Mapping[str, Any]) -> None:
     """Take from the file's own words what shapes do not tell, and say so."""
-    window = hints.get("win_length")
-    if isinstance(window, int) and window * 1000 != found.frontend["window_ms"] * found.frontend["rate_hz"]:
+    window, own = hints.get("win_length"), found.frontend["window_ms"] * found.frontend["rate_hz"] / 1000
+    if isinstance(window, int) and window > 0 and window != own:
         found.frontend["window_ms"] = window * 1000 / found.frontend["rate_hz"]
         found.notes.append(f"window_ms={found.frontend['window_ms']:g}: the file says win_length={window}")
     length = hints.get("train_len", hints.get("anchor_len"))

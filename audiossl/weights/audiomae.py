@@ -18,7 +18,7 @@ from audiossl.errors import UserError
 from audiossl.parts.positions import sincos_table
 from audiossl.weights.published import AUDIOMAE, AUDIOMAE_LICENCE, AUDIOMAE_PORT_LICENCE, KALDI_FBANK
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import Action, Row, Settings, Translation, heads_of, row
+from audiossl.weights.translation import Action, Row, Settings, Translation, count_blocks, heads_of, row
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths; shapes do not tell
 DECODER_HEADS = {512: 16}
@@ -139,7 +139,7 @@ def read_geometry(
     return geometry | {
         "decoder": "global" if tau is None else "local",
         "decoder_width": decoder_width,
-        "decoder_depth": _count(theirs, "decoder_blocks."),
+        "decoder_depth": count_blocks(theirs, "decoder_blocks."),
         "decoder_num_heads": decoder_heads,
         "decoder_window": 6 if stride != patch else 4,
         "decoder_shift": "time",
@@ -157,15 +157,11 @@ def encoder_geometry(theirs: dict[str, Tensor], num_mels: int, num_heads: int | 
         "patch": patch,
         "stride": stride,
         "width": width,
-        "depth": _count(theirs, "blocks."),
+        "depth": count_blocks(theirs),
         "num_heads": heads_of(num_heads, HEADS, width),
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "positions": _read_positions(theirs["pos_embed"], grid, stride != patch),
     }
-
-
-def _count(theirs: dict[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in theirs if key.startswith(prefix))
 
 
 def _read_grid(table: Tensor, patch: int, num_mels: int) -> tuple[int, tuple[int, int]]:
@@ -183,7 +179,7 @@ def _read_grid(table: Tensor, patch: int, num_mels: int) -> tuple[int, tuple[int
         return patch, (rows, num_tokens // rows)
     stride = (num_mels - patch) // max(period - 1, 1)
     if num_tokens % period or not 1 <= stride < patch or (num_mels - patch) // stride + 1 != period:
-        raise UserError(f"a position table of {num_tokens} tokens does not fit num_mels={num_mels}: give the right one")
+        raise UserError(f"a position table of {num_tokens} tokens does not fit num_mels={num_mels}: give num_mels=...")
     return stride, (period, num_tokens // period)
 
 

@@ -76,7 +76,10 @@ def _from_authors(path: Path, content: Mapping[str, Any], encoder: Encoder) -> S
     if is_image_model(checkpoint.tensors):
         return Start(from_timm(checkpoint.tensors, encoder), f"image weights {path}")
     stride = encoder.stride if isinstance(encoder.positions, AxisPositions) else None
-    layout, found = translate(checkpoint, Settings(num_heads=encoder.geometry["num_heads"], stride=stride))
+    sizes = encoder.geometry
+    bands = {"num_mels": sizes["num_mels"]} if sizes["positions"] != "learned" else {}
+    settings = Settings(num_heads=sizes["num_heads"], stride=stride, frontend=bands)
+    layout, found = translate(checkpoint, settings)
     heard = published_frontend(family_of(found.frontend))
     return Start(_fit_positions(found.encoder, encoder), f"{path} ({layout})", heard, asdict(found.licence))
 

@@ -20,7 +20,7 @@ from audiossl.errors import UserError
 from audiossl.patches import grid_of
 from audiossl.weights.published import PASST, PASST_LICENCE, PASST_MEL
 from audiossl.weights.reading import read_torch_file
-from audiossl.weights.translation import Action, Row, Settings, Translation, row
+from audiossl.weights.translation import Action, Row, Settings, Translation, count_blocks, row
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def translate(theirs: dict[str, Tensor], settings: Settings, *, file_name: str =
         geometry=sizes | cut | tokens | dict(drop_path=0.0),
         frontend=PASST_MEL | {"seconds": seconds, "hop_ms": hop_ms},
         licence=PASST_LICENCE,
-        rows=[_row(key) for key in theirs],
+        rows=[_row(key, has_head=classes is not None) for key in theirs],
         notes=notes,
     )
     if classes is not None:
@@ -130,7 +130,9 @@ def _hop_of(frames: int, file_name: str, settings: Settings) -> tuple[float, lis
     return 10, []
 
 
-def _row(key: str) -> Row:
+def _row(key: str, *, has_head: bool) -> Row:
+    if key in ("head.0.weight", "head.0.bias") and not has_head:
+        return Row(key, Action.DROPPED, why="norm of a classifier that is not there")
     if key in ("cls_token", "dist_token"):
         return Row(key, Action.CHANGED, "class_token", "class and distillation token side by side")
     if key in ("freq_new_pos_embed", "time_new_pos_embed"):
@@ -200,6 +202,9 @@ def read_geometry(
         fitting = [step for step in STRIDES if step <= patch and (num_mels - patch) // step + 1 == rows]
         if not fitting:
             raise UserError(f"{rows} rows of {num_mels} mel bands fit no published stride: give stride=(mels, frames)")
+        if len(fitting) > 1:  # never at the published 128 bands
+            steps = " or ".join(map(str, fitting))
+            raise UserError(f"{rows} rows of {num_mels} mel bands may have a stride of {steps}: give stride=...")
         stride = (fitting[0], fitting[0])
     position_frames = (columns - 1) * stride[1] + patch
     if grid_of(num_mels, position_frames, (patch, patch), tuple(stride))[0] != rows:
@@ -213,7 +218,7 @@ def read_geometry(
         "stride": stride[0],
         "stride_time": stride[1],
         "width": width,
-        "depth": len({key.split(".")[1] for key in theirs if key.startswith("blocks.")}),
+        "depth": count_blocks(theirs),
         "num_heads": HEADS[width] if num_heads is None else num_heads,
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "distilled": "dist_token" in theirs,

@@ -10,6 +10,7 @@ import argparse
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: a folder, not a file; it holds {', '.join(found) or 'no checkpoint'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if _unpacked_bytes(path) > path.stat().st_size:
+        raise UserError(f"{path}: not read, because it unpacks to more than it is, and PyTorch packs nothing tighter")
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -50,6 +53,17 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """Count what a zip archive says that it holds; 0 for what is none, or broken, which torch tells."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return 0
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -82,6 +96,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "is a TorchScript program, which is code; ask for its state_dict"
     if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
         return "is cut short or damaged: a PyTorch file whose contents cannot be read"
+    text = text.partition("WeightsUnpickler error: ")[2] or text  # before it torch advises to let the code run
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     broken = (
         "is broken, or asks to run code" if isinstance(error, pickle.UnpicklingError) else "is no PyTorch checkpoint"

@@ -17,7 +17,7 @@ from audiossl.errors import UserError
 from audiossl.parts.positions import AxisPositions
 from audiossl.weights.passt import split_image_positions
 from audiossl.weights.published import AUDIOMAE, KALDI_FBANK, PASST, PASST_MEL
-from audiossl.weights.translation import Action, Licence, Row, Settings, Translation, heads_of, row
+from audiossl.weights.translation import Action, Licence, Row, Settings, Translation, count_blocks, heads_of, row
 
 LICENCE = Licence(
     "Apache-2.0", "https://github.com/huggingface/pytorch-image-models", "DeiT and timm; see the model's own card"
@@ -52,7 +52,7 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
         patch=[PATCH, PATCH],
         stride=list(stride),
         width=width,
-        depth=1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("blocks.")),
+        depth=count_blocks(theirs),
         num_heads=heads_of(settings.num_heads, HEADS, width),
         mlp_ratio=theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
         qkv_bias="blocks.0.attn.qkv.bias" in theirs,

@@ -111,9 +111,13 @@ def parse_settings(words: list[str], frontend_keys: Mapping[str, Any]) -> Settin
     settings = Settings()
     own = [key for key in vars(settings) if key != "frontend"]
     known = [*own, *frontend_keys]
+    given: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
         key = key.removeprefix("frontend.")
+        if key in given:
+            raise UserError(f"{word}: {key} is given twice")
+        given.add(key)
         if not equals or not text:
             raise UserError(f"{word!r}: settings are key=value; the keys are {', '.join(known)}")
         if key not in known:
@@ -162,6 +166,11 @@ def _number(key: str, text: str) -> int | float | None:
     if key in POSITIVE and number <= 0:
         raise UserError(f"{key}={text}: must be above 0")
     return number
+
+
+def count_blocks(theirs: Mapping[str, Tensor], prefix: str = "blocks.") -> int:
+    """Count a model's blocks by their numbers in the names, however high those are."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in theirs if key.startswith(prefix)})
 
 
 def heads_of(num_heads: int | None, published: Mapping[int, int], width: int) -> int:
