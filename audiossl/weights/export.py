@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from audiossl.sound.frontend import FrontEnd
 from audiossl.version import __version__
 
 FORMAT = 2  # 1: no head, no hash
+log = logging.getLogger(__name__)
 
 
 def export_encoder(
@@ -37,11 +39,15 @@ def export_encoder(
     vocabulary: list[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Write a method's `encoder`, and its `head` if it has one, to `path` (.safetensors).
+    """Write a method's `encoder`, and its `head` if it is a `LinearHead`, to `path` (.safetensors).
 
-    `vocabulary` names the classes that the method was trained on, if it was; `provenance` is the run's.
+    Another kind of head stays behind, since nothing here could rebuild it. `vocabulary` names the classes that the
+    method was trained on, if it was; `provenance` is the run's.
     """
     head = getattr(method, "head", None)
+    if head is not None and not isinstance(head, LinearHead):
+        log.warning("%s: a head of type %s is not exported, only a LinearHead is", path, type(head).__name__)
+        head = None
     description = describe(method.encoder, head, config["frontend"], vocabulary)
     description |= {
         "method": config["model"]["_target_"],
