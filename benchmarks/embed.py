@@ -5,8 +5,8 @@ machine slows both: the ratio is the median of the turns, with the lowest and th
 CPU seconds tell more than the clock. --bfloat16 computes the batches in another precision, so its numbers are not the
 same, against float32 one at a time. Writes embed.json and embed.png to --out.
 
-Seen on an AMD EPYC (AVX-512), windows of 160 ms, 64 at once: base is 2.3 times as fast on one shared core by CPU time and
-2.8 on two free ones, tiny 3.2 and 3.7, base in bfloat16 6.4; of 640 ms 1.2 to 1.8. On a CPU, batches are bound by
+Seen on an AMD EPYC (AVX-512), windows of 160 ms, 64 at once: base is 2.3 times as fast on one shared core (CPU time),
+2.8 times on two free ones, tiny 3.2 and 3.7, base in bfloat16 6.4; of 640 ms 1.2 to 1.8. On a CPU, batches are bound by
 arithmetic: nine tenths of base's time are matrix products, at the 100 GFLOP/s that PyTorch's float32 reaches on a core,
 and no batch makes them fewer. Ten times as fast needs a device that one window cannot keep busy; that is not measured
 yet. With more threads than free cores the windows alone wait for their threads, and the ratio flatters.
