@@ -1,5 +1,6 @@
 """Files that claim what they do not hold, places that cannot be written, and sizes nobody published."""
 
+import re
 import zipfile
 
 import torch
@@ -35,6 +36,11 @@ def test_a_file_that_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path):
         for name in plain.namelist():
             bomb.writestr(name, plain.read(name) + bytes(10**7), compress_type=zipfile.ZIP_DEFLATED)
     assert "unpacks to more than it is" in refused(tmp_path, tmp_path / "bomb.pt")
+    packed = bytearray((tmp_path / "bomb.pt").read_bytes())
+    for entry in re.finditer(b"PK\x01\x02", bytes(packed)):
+        packed[entry.start() + 6] = 99  # a zip version that Python cannot read and torch does not look at
+    (tmp_path / "disguised.pt").write_bytes(packed)
+    assert "damaged" in refused(tmp_path, tmp_path / "disguised.pt")
 
 
 def test_nobody_is_told_to_let_a_broken_file_run_its_code(tmp_path):

@@ -22,6 +22,8 @@ from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+ZIP = b"PK\x03\x04"  # by which torch tells its files
+DAMAGED = "is cut short or damaged: a PyTorch file whose contents cannot be read"
 UNSAFE = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+\.\w+)")
 HARMLESS = [
     argparse.Namespace,
@@ -56,14 +58,20 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
 
 
 def _unpacked_bytes(path: Path) -> int:
-    """Count what a zip archive says that it holds; 0 for what is none, or broken, which torch tells."""
+    """Count what a zip archive says that it holds, 0 for other files; an archive that does not say is refused.
+
+    PyTorch's own zip reader is more lenient than Python's: what only it can list could hold anything.
+    """
     try:
+        with open(path, "rb") as file:
+            if file.read(len(ZIP)) != ZIP:
+                return 0
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return 0
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # foreign bytes: a version that nobody writes, names that are none, ...
+        raise UserError(f"{path}: not read, because it {DAMAGED}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 def _reason(error: Exception, path: Path) -> str:
     """Say in a few words why a file was not read; a class that it asks for is named."""
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(len(ZIP))
     if not start:
         return "is empty"
     text = str(error)
@@ -94,8 +102,8 @@ def _reason(error: Exception, path: Path) -> str:
         )
     if "TorchScript" in text:
         return "is a TorchScript program, which is code; ask for its state_dict"
-    if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
-        return "is cut short or damaged: a PyTorch file whose contents cannot be read"
+    if start == ZIP and not isinstance(error, pickle.UnpicklingError):
+        return DAMAGED
     text = text.partition("WeightsUnpickler error: ")[2] or text  # before it torch advises to let the code run
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     broken = (

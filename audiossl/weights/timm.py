@@ -74,7 +74,7 @@ def translate(theirs: dict[str, Tensor], settings: Settings) -> Translation:
 
 def from_timm(state: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     """Turn a timm vision transformer's state dict into ours: RGB kernels summed, resized to our patch if need be."""
-    kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
+    kernel = rgb_to_mono(state["patch_embed.proj.weight"])
     if tuple(kernel.shape[-2:]) != encoder.patch:
         kernel = F.interpolate(kernel, encoder.patch, mode="bicubic", antialias=True)
     ours = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": state["patch_embed.proj.bias"]}
