@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from audiossl.errors import UserError
 from audiossl.features.description import Choice, Description, Layers, Pooling, Rows, described
 from audiossl.features.windows import Layout, valid_frames, windows_of
-from audiossl.sound.audio import MAX_RATE_HZ, MIN_RATE_HZ, AudioError
+from audiossl.sound.audio import MAX_RATE_HZ, MIN_RATE_HZ, AudioError, to_int16
 from audiossl.sound.files import open_audio
 from audiossl.sound.waveform import block_samples, resample_blocks
 
@@ -125,6 +125,8 @@ def file_blocks(
     """Stream a file as blocks (S,) at the model's rate on its device; `progress` hears of each block how many
     seconds it has, and which share of the file is through (None where the file does not tell its length).
 
+    Samples are rounded to 16 bits, as packed clips are: what lossy files hold below that, training never hears.
+
     Raises `AudioError` for what cannot be used.
     """
     device = model.frontend.window.device
@@ -133,7 +135,7 @@ def file_blocks(
         def blocks() -> Iterator[Tensor]:
             taken = 0
             for block in stream.blocks:
-                yield torch.from_numpy(np.ascontiguousarray(block)).to(device)
+                yield torch.from_numpy(to_int16(block)).to(device)
                 taken += len(block)
                 if progress is not None:
                     progress(len(block) / stream.rate_hz, taken / stream.num_frames if stream.num_frames else None)

@@ -70,17 +70,17 @@ def published(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return rearrange(values, "b (row column) ... -> b (column row) ...", row=grid[0], column=grid[1])
 
 
-def real_clips(count: int, seconds: float) -> torch.Tensor:
-    """Read recordings as (count, S) at 16 kHz: from the committed demo set, or from the shared data."""
+def real_clips(count: int, seconds: float, to_hz: int = 16000) -> torch.Tensor:
+    """Read recordings as (count, S) at `to_hz`: from the committed demo set, or from the shared data."""
     found = list(_demo_audio(count)) or [
         p.read_bytes() for p in sorted((SHARED / "data/esc10/audio").glob("*"))[:count]
     ]
     if len(found) < count:
         pytest.skip("neither the demo set nor the shared recordings are here")
-    clips = torch.zeros(count, int(16000 * seconds))
+    clips = torch.zeros(count, int(to_hz * seconds))
     for row, content in zip(clips, found, strict=True):
         samples, rate_hz = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-        samples = torch.from_numpy(resample(samples.mean(1), rate_hz, 16000))[: len(row)]
+        samples = torch.from_numpy(resample(samples.mean(1), rate_hz, to_hz))[: len(row)]
         row[: len(samples)] = samples
     return clips
 
