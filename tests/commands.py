@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT
+from warm import Process, server
 
 from audiossl.__main__ import main
 from audiossl.index import Index
@@ -47,23 +48,27 @@ def environment(**extra: str) -> dict[str, str]:
     return clean | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
 
 
-def start(*arguments: str, cwd: Path, **extra: str) -> subprocess.Popen:
-    """Start `python train.py ...` from `cwd`."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+def start(
+    *arguments: str, cwd: Path, script: Path = ROOT / "train.py", fresh: bool = False, **extra: str
+) -> Process | subprocess.Popen:
+    """Start `python train.py ...` from `cwd`: forked from a process with the libraries, or in a fresh interpreter."""
+    if not fresh:
+        return server().start(script, list(arguments), cwd, environment(**extra))
+    command = [sys.executable, str(script), *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
-def train(*arguments: str, cwd: Path, expect: int = 0, **extra: str) -> str:
+def train(*arguments: str, cwd: Path, expect: int = 0, **how) -> str:
     """Run `python train.py ...` to its end; returns what it printed."""
-    process = start(*arguments, cwd=cwd, **extra)
+    process = start(*arguments, cwd=cwd, **how)
     output = process.communicate(timeout=280)[0]
     assert process.returncode == expect, f"exit code {process.returncode}\n{output[-6000:]}"
     return output
 
 
-def kill_when(process: subprocess.Popen, path: Path, sig: int = signal.SIGKILL, timeout: float = 120) -> int:
+def kill_when(process: Process | subprocess.Popen, path: Path, sig: int = signal.SIGKILL, timeout: float = 120) -> int:
     """Send `sig` as soon as `path` exists; returns the exit code."""
     deadline = time.time() + timeout
     while not path.exists():

@@ -2,19 +2,18 @@
 
 import io
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
+import commands
 import numpy as np
 import soundfile
-from commands import environment
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from tunings import MAE, QUIET, export_of, tuning
+from warm import Process
 
 from audiossl.index import Index
 from audiossl.sound.audio import resample
@@ -93,12 +92,9 @@ def run(folder: Path, init: Path | str, task: Path, *overrides: str) -> dict:
     return fit(config_of(folder, init, task, *overrides))
 
 
-def start(cwd: Path, *arguments: str, program: str = "finetune.py", **extra: str) -> subprocess.Popen:
+def start(cwd: Path, *arguments: str, program: str = "finetune.py", **extra: str) -> Process:
     """Start `python finetune.py ...`."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / program), *arguments],
-        cwd=cwd, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return commands.start(*arguments, cwd=cwd, script=ROOT / program, **extra)
 
 
 def command(run: Path, init: Path | str, task: Path, *overrides: str) -> list[str]:

@@ -4,18 +4,18 @@ import csv
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
-from commands import environment, kill_when
+from commands import kill_when
 from conftest import ROOT
 from lightning.pytorch.plugins.precision import Precision
 from test_resume import column
 from tunings import FRAME, MAE, batch, export_of, tuning
+from warm import Process
 
 from audiossl import load
 from audiossl.checkpoints.files import lower_is_better
@@ -27,15 +27,12 @@ from audiossl.running.ranks import Ranks
 from audiossl.running.stopping import EarlyStopping
 
 
-def start(run: Path, *overrides: str, **changes) -> subprocess.Popen:
+def start(run: Path, *overrides: str, **changes) -> Process:
     """Start a fine-tuning of seconds on the demo set."""
     run.mkdir(parents=True, exist_ok=True)
     given = dict(run_dir=str(run), overrides=list(overrides), changes=changes)
     (run / "given.json").write_text(json.dumps(given))
-    command = [sys.executable, str(ROOT / "tests" / "toy_tuning.py"), str(run / "given.json")]
-    return subprocess.Popen(
-        command, cwd=run, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return commands.start(str(run / "given.json"), cwd=run, script=ROOT / "tests" / "toy_tuning.py")
 
 
 def finish(run: Path, *overrides: str, expect: int = 0, **changes) -> str:

@@ -2,12 +2,10 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from commands import environment
+from commands import train
 from conftest import ROOT
 from exported import export
 from labelled_clips import write_folder, write_meta
@@ -18,12 +16,8 @@ SMALL = ["probe.num_resamples=50", "probe.with_cost=false", "probe.device=cpu", 
 
 
 def probe(*arguments: str, cwd, expect: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "probe.py"), *arguments]
-    env = environment(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(cwd / "cache"), HF_HUB_OFFLINE="1")
-    done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=280)
-    output = done.stdout + done.stderr
-    assert done.returncode == expect, f"exit code {done.returncode}\n{output[-5000:]}"
-    return output
+    env = dict(XDG_CACHE_HOME=str(cwd / "cache"), HF_HUB_OFFLINE="1")
+    return train(*arguments, cwd=cwd, expect=expect, script=ROOT / "probe.py", **env)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, environment, metrics
+from commands import TINY, environment, metrics, train
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -37,10 +37,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def run(project: Path, *arguments: str, expect: int = 0) -> str:
-    command = [sys.executable, project.name, *arguments]
-    done = subprocess.run(command, cwd=project.parent, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == expect, (done.stdout + done.stderr)[-5000:]
-    return done.stdout + done.stderr
+    return train(*arguments, cwd=project.parent, expect=expect, script=project, fresh=True)  # a package of its own
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
     """Run the README's first command, cut short: eight steps, with probe and pictures."""
     folder = tmp_path_factory.mktemp("demo")
     shortened = ["trainer.max_steps=8", "validate_every_steps=4", "pictures.every_steps=4", "probe.every_steps=4"]
-    output = train(*DEMO, *shortened, "name=short", cwd=folder)
+    output = train(*DEMO, *shortened, "name=short", cwd=folder, fresh=True)
     return folder / "runs" / "short", output
 
 
