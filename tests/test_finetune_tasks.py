@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tunings import FRAME
 from audiossl import load
 from audiossl.__main__ import main
 from audiossl.errors import UserError
+from audiossl.labelled.columns import Ragged
 from audiossl.scoring.thresholds import best_thresholds
 from audiossl.tasks import load_task
 
@@ -97,8 +99,7 @@ def test_what_nobody_judged_changes_neither_loss_nor_validation_nor_thresholds(i
             np.flatnonzero(row | ~known).astype(np.int32)
             for row, known in zip(task.targets > 0, task.known, strict=True)
         ]
-        task.labels[:] = ids
-        return task
+        return replace(task, labels=Ragged.of(ids))
 
     monkeypatch.setattr("audiossl.tuning.runs.load_task", flipped)
     run(tmp_path / "flipped", init, tmp_path / "set", *given)

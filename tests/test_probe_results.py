@@ -35,9 +35,9 @@ def test_domains_are_averaged_where_every_set_was_probed():
 
 def small_task(num: int = 60, classes: int = 3):
     labels = np.arange(num) % classes
-    return SimpleNamespace(
-        kind="multiclass", metric="accuracy", targets=np.eye(classes, dtype=np.float32)[labels], known=None, name="t"
-    ), labels
+    targets = np.eye(classes, dtype=np.float32)[labels]
+    about = dict(kind="multiclass", metric="accuracy", known=None, name="t", targets=targets)
+    return SimpleNamespace(targets_of=targets.__getitem__, **about), labels
 
 
 def test_a_score_is_the_mean_over_folds_and_seeds_and_lies_in_its_interval():

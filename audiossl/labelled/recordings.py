@@ -23,6 +23,7 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS, take_ragged, write_whole
 from audiossl.indexing.shardpaths import INDEX_NAME
+from audiossl.labelled.columns import Ragged
 from audiossl.labelled.rows import Row
 from audiossl.pack import REJECTED, pack_source
 from audiossl.packing.source import Clip, Source, key_of, name_keys
@@ -77,17 +78,21 @@ def find_rows(index: Index, rows: Sequence[Row], *, max_bad_fraction: float) -> 
 
 
 def write_labels(
-    index: Index, clips: NDArray, path: Path, *, classes: Sequence[str], labels: Sequence, split_of: Sequence[str]
-) -> Path:
-    """Write an index of some clips of another, with labels (ids of `classes`) and splits of its own; gives its path."""
+    index: Index, clips: NDArray, path: Path, *, classes: Sequence[str], labels: Ragged, split: NDArray,
+    splits: Sequence[str],
+) -> Path:  # fmt: skip
+    """Write an index of some clips of another, with `labels` (ids of `classes`) and `split` (ids of `splits`) of each.
+
+    Gives its path.
+    """
     order = np.argsort(clips)
-    rows, splits = clips[order], sorted(set(split_of))
+    rows, there = clips[order], np.unique(split).tolist()
+    splits, kept = sorted(splits[code] for code in there), splits
     columns = {name: index.column(name)[rows] for name in COLUMNS if not name.endswith("_ends")}
     columns["key_bytes"], columns["key_ends"] = take_ragged(index.column("key_bytes"), index.column("key_ends"), rows)
-    columns["split"] = np.array([splits.index(split_of[i]) for i in order], np.int32)
-    ids = [np.asarray(labels[i], np.int32) for i in order]
-    columns["label_ids"] = np.concatenate([np.zeros(0, np.int32), *ids])
-    columns["label_ends"] = np.cumsum([len(own) for own in ids], dtype=np.int64)
+    places = np.array([splits.index(name) if name in splits else -1 for name in kept], np.int32)
+    columns["split"], own = places[split[order]], labels.take(order)
+    columns["label_ids"], columns["label_ends"] = own.ids, own.ends
     shards = [
         described | {"name": str(shard)} for shard, described in zip(index.shards, index.meta["shards"], strict=True)
     ]

@@ -134,7 +134,7 @@ def _predict(
 
 def _clip_examples(task: Task, features: ClipFeatures, clips: NDArray, head: Head, reading: Reading) -> Examples:
     over, is_weighted = getattr(head, "over", "clip"), getattr(head, "weighted", False)
-    targets, known = task.targets[clips], None if task.known is None else task.known[clips]
+    targets, known = task.targets_of(clips), None if task.known is None else task.known[clips]
     layers = None if is_weighted else reading.layers
     if over == "moments":
         assert features.moments is not None and features.moment_offsets is not None
@@ -213,7 +213,7 @@ def _split(division, clips: NDArray, task: Task, head: Head, held_out: float) ->
         if not len(rows):
             raise UserError(f"{task.name} {division.name}: none of the clips to {part} on can be used")
     if not len(validation) and _chooses(head):
-        train, validation = hold_out(train, task.targets[clips], held_out, is_exclusive=task.kind == "multiclass")
+        train, validation = hold_out(train, task.targets_of(clips), held_out, is_exclusive=task.kind == "multiclass")
     return Split(train, validation, test)
 
 

@@ -65,7 +65,7 @@ def _of_clips(task: Task, one: Tested) -> dict[str, float]:
     known = None if task.known is None else task.known[one.clips]
     probabilities = np.clip(one.probabilities, 0, 1)
     how = dict(are_logits=False, thresholds=one.thresholds)
-    return clip_scores(task.kind, probabilities, task.targets[one.clips], known, **how)
+    return clip_scores(task.kind, probabilities, task.targets_of(one.clips), known, **how)
 
 
 def _of_events(task: Task, one: Tested, num_resamples: int) -> dict[str, float]:
@@ -96,7 +96,7 @@ def interval(task: Task, tested: Sequence[Tested], num_resamples: int) -> tuple[
 
 
 def _statistic(task: Task, one: Tested) -> bootstrap.Statistic:
-    targets = task.targets[one.clips]
+    targets = task.targets_of(one.clips)
     known = np.ones_like(targets, bool) if task.known is None else task.known[one.clips]
     probabilities = np.clip(one.probabilities, 0, 1)
     if task.metric == "accuracy":
@@ -113,7 +113,7 @@ def _statistic(task: Task, one: Tested) -> bootstrap.Statistic:
 
 def confusion(task: Task, tested: Sequence[Tested]) -> NDArray[np.float64]:
     """Add up the confusion matrices of all folds, averaged over seeds: (C, C), true classes along the rows."""
-    total = sum(confusion_matrix(one.probabilities, task.targets[one.clips]).astype(float) for one in tested)
+    total = sum(confusion_matrix(one.probabilities, task.targets_of(one.clips)).astype(float) for one in tested)
     return total / len({one.seed for one in tested})
 
 
@@ -124,7 +124,7 @@ def per_class(
     found = []
     for one in tested:
         known = None if task.known is None else task.known[one.clips]
-        found.append(getattr(score_classes(one.probabilities, task.targets[one.clips], known), of))
+        found.append(getattr(score_classes(one.probabilities, task.targets_of(one.clips), known), of))
     there = np.isfinite(found)
     return np.where(there.any(0), np.where(there, found, 0).sum(0) / there.sum(0).clip(min=1), np.nan)
 

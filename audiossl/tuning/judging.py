@@ -172,7 +172,7 @@ def _thresholds(
 ) -> NDArray[np.float64]:
     """Tune a threshold per class on the validation clips, for the highest F1: of clips, or of smoothed moments."""
     if task.kind != "events":
-        return best_thresholds(probabilities, task.targets[clips], None if task.known is None else task.known[clips])
+        return best_thresholds(probabilities, task.targets_of(clips), None if task.known is None else task.known[clips])
     targets = [
         raster(task.events[clip], num_frames=len(one), frame_seconds=step, num_classes=len(task.classes))
         for clip, one in zip(clips.tolist(), probabilities, strict=True)

@@ -123,15 +123,14 @@ def _trained(
             task.shards_of(division, index)
     engine = _engine_config(config, model, start, index, folder, seed, has_validation=len(division.validation) > 0)
     engine["checkpoint"]["metric"] = _metric(config, task, has_validation=len(division.validation) > 0)
-    keys = dict(zip(task.keys, range(len(task)), strict=True))
 
     def prepare(method: FineTuning) -> None:
         if task.kind == "events":
-            events = {key: task.events[clip] for key, clip in keys.items() if task.events[clip] is not None}
+            events = {key: own for key, own in zip(task.keys, task.events, strict=True) if own is not None}
             method.relabel = EventTargets(events, num_classes=len(task.classes))
         elif task.known is not None:
-            judged = np.where(task.known, task.targets, np.nan).astype(np.float32)
-            method.relabel = ClipTargets({key: torch.from_numpy(judged[clip]) for key, clip in keys.items()})
+            judged = torch.from_numpy(np.where(task.known, task.targets, np.nan).astype(np.float32))
+            method.relabel = ClipTargets(dict(zip(task.keys, judged, strict=True)))
 
     name = f"{division.name}, " if division.name else ""
     log.info("%s%d clips to train on, %d to validate, %d to test, %d classes", name, len(division.train),
