@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from audiossl.tasks import Task
 
 
+MEDIAN_FRAMES = 7  # of the filter that frame scores of events pass
+
+
 @dataclass(frozen=True)
 class Tested:
     """Hold the probabilities of one fold and seed: (test, C) of clips, or a list of (frames, C) for events."""
@@ -32,7 +35,7 @@ class Tested:
     probabilities: NDArray[np.float64] | list[NDArray[np.float64]]
     frame_seconds: float | None = None
     thresholds: float | NDArray[np.float64] = 0.5
-    median_frames: int = 7
+    median_frames: int = MEDIAN_FRAMES
     bad_clips: Mapping[str, str] = field(default_factory=dict)  # keys of those that could not be read, and why
 
 
