@@ -80,7 +80,9 @@ class EncoderSource(nn.Module):
     def __init__(self, model: PretrainedEncoder, name: str, padding: Padding = "model"):
         super().__init__()
         if padding == "none":
-            model = PretrainedEncoder(model.encoder, free_length(model.frontend), model.head, model.description)
+            model = PretrainedEncoder(
+                model.encoder, free_length(model.frontend), model.head, model.description, model.attention
+            )
         self.model, self.name = model.eval().requires_grad_(False), name
         encoder, frontend = model.encoder, model.frontend
         self.rate_hz, self.width, self.num_layers = model.rate_hz, model.width, len(encoder.blocks)

@@ -91,6 +91,8 @@ def classifier_of(
     method = method_from_config({"model": settings, "frontend": {}}, frontend=model.frontend, vocabulary=names)
     method.encoder.load_state_dict(model.encoder.state_dict())
     method.head.load_state_dict(model.head.state_dict())
+    if method.attention is not None:
+        method.attention.load_state_dict(model.attention.state_dict())
     decided = np.asarray((model.description.get("decisions") or {}).get("thresholds", 0.5), np.float64)
     return method.eval(), places, np.broadcast_to(decided, (head["num_classes"],))[places]
 
@@ -99,10 +101,10 @@ def _weak_pooling(config: dict[str, Any], model: PretrainedEncoder, task: Task) 
     """Choose how moments are pooled for a task of clips: as asked for, else as they were in training."""
     if task.kind == "events":
         return "none"
-    asked, own = config["model"]["weak_pooling"], model.description.get("weak_pooling", "none")
+    asked, own = config["model"]["weak_pooling"], model.weak_pooling
     chosen = own if asked == "none" else asked
-    if chosen in ("none", "attention"):
-        why = "its classifier scores moments" if chosen == "none" else "an export does not hold the attention"
+    if chosen == "none" or (chosen == "attention" and model.attention is None):
+        why = "its classifier scores moments" if chosen == "none" else "it holds no attention over its moments"
         raise UserError(
             f"init={config['init']}: {why}, and task={task.name} has labels of clips; say how they are pooled, with "
             "model.weak_pooling=max, average, linear_softmax or exponential_softmax"

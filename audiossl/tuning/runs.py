@@ -31,7 +31,7 @@ from audiossl.tuning.start import start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
 from audiossl.tuning.writing import read_tested, write_run
-from audiossl.weights.export import load_encoder, read_export
+from audiossl.weights.export import load_encoder, parts_of, read_export
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +210,9 @@ def _chosen(folder: Path, weights: str, metric: str) -> FineTuning:
         if not average.exists():
             raise UserError("test.weights=swa: nothing was averaged; set swa.start")
         _, tensors = read_export(average)
-        method.encoder.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("head.")})
-        method.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+        for name, own in parts_of(tensors).items():
+            if own:
+                getattr(method, name).load_state_dict(own)
     return method
 
 
