@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,14 +35,15 @@ from audiossl.sound.audio import extension_of
 
 log = logging.getLogger(__name__)
 
+CLIP_OVERHEAD = 2048  # bytes: tar headers, the json, its line in the index
 SHARD_BYTES, RATE_HZ = 10**9, 32_000  # of what ffmpeg decodes; the rest stays as it is
 
 
 def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad_fraction: float) -> tuple[Index, list]:
     """Pack the files of `rows` into the cache, unless they are there; give their index and each row's clip, or None.
 
-    A file that is missing or cannot be read is None, and listed. Raises `UserError` where more than `max_bad_fraction`
-    of them are.
+    Size and place are said before it begins. A file that is missing or cannot be read is None, and listed. Raises
+    `UserError` where more than `max_bad_fraction` of them are, and where the disk has too little room.
     """
     source, reasons = _source(root, rows)
     needs_ffmpeg = source.num_through_ffmpeg() > 0
@@ -53,7 +55,7 @@ def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that begin together, one packs and the other waits
         if not (out / INDEX_NAME).is_file():
-            log.info("packing %d files of %s once, into %s", len(source.clips), root, out)
+            _announce(source, settings, out)
             pack_source(source, out, settings, workers=1)
     index = Index.load(out)
     clip_of = {index.key(clip): clip for clip in range(len(index))}
@@ -62,6 +64,26 @@ def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad
     unreadable = {row.filename: f"see {out / REJECTED}" for row, clip in zip(rows, clips, strict=True) if clip is None}
     _refuse_bad(root, rows, unreadable | reasons, max_bad_fraction)
     return index, clips
+
+
+def _announce(source: Source, settings: Settings, out: Path) -> None:
+    """Say what will be copied where; raise `UserError` where there is no room for it."""
+    sizes = source.packed_bytes(settings.rate_hz or 0, settings.codec)
+    needed = sum(size + CLIP_OVERHEAD for size in sizes)
+    there = sum(path.stat().st_size for path in out.glob("*")) if out.is_dir() else 0  # a pack that was killed goes on
+    free = shutil.disk_usage(out.parent).free
+    if needed - there > free:
+        raise UserError(
+            f"{source.folder}: packing its {len(source.clips):,} files once takes about {_size(needed)} in "
+            f"{out.parent}, where {_size(free)} are free; take a larger disk with task.cache_dir=DIR, or pack it yourself (python -m "
+            f"audiossl pack {source.folder} --out SHARDS) and give task.shards=SHARDS instead of task.root"
+        )
+    said = "packing %s files of %s once, about %s, into %s (task.cache_dir; %s free)"
+    log.info(said, f"{len(source.clips):,}", source.folder, _size(needed), out, _size(free))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2g} MB"
 
 
 def find_rows(index: Index, rows: Sequence[Row], *, max_bad_fraction: float) -> list[int | None]:
