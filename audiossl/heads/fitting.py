@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.features.heads import Split
-from audiossl.heads.examples import Examples, tensor_of
+from audiossl.heads.examples import Examples, Split, tensor_of
 from audiossl.heads.linear import Predicted, standardisation
 from audiossl.heads.nets import Nets, Optimiser, Shape
 from audiossl.heads.quality import losses_of, quality

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from audiossl.features.heads import Split
-from audiossl.heads.examples import Examples, tensor_of
+from audiossl.heads.examples import Examples, Split, tensor_of
 from audiossl.heads.lbfgs import Logistic, minimise
 from audiossl.heads.quality import cross_entropy, quality
 

@@ -75,8 +75,8 @@ def _announce(source: Source, settings: Settings, out: Path) -> None:
     if needed - there > free:
         raise UserError(
             f"{source.folder}: packing its {len(source.clips):,} files once takes about {_size(needed)} in "
-            f"{out.parent}, where {_size(free)} are free; take a larger disk with task.cache_dir=DIR, or pack it yourself (python -m "
-            f"audiossl pack {source.folder} --out SHARDS) and give task.shards=SHARDS instead of task.root"
+            f"{out.parent}, where {_size(free)} are free; take a larger disk with task.cache_dir=DIR, or pack it "
+            f"yourself (python -m audiossl pack {source.folder} --out SHARDS) and give task.shards=SHARDS, no task.root"
         )
     said = "packing %s files of %s once, about %s, into %s (task.cache_dir; %s free)"
     log.info(said, f"{len(source.clips):,}", source.folder, _size(needed), out, _size(free))

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from audiossl.errors import UserError
-from audiossl.features.heads import Split
 from audiossl.heads.examples import (
     Examples,
     Layers,
     Pooling,
+    Split,
     averaged,
     good_clips,
     pooled_rows,

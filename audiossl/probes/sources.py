@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from audiossl.encoder import init_truncated_normal
 from audiossl.errors import UserError
 from audiossl.features.levels import free_length
+from audiossl.features.statistics import logmel_statistics
 from audiossl.features.windows import Layout, Piece, speaks_for, valid_frames, windows_for
 from audiossl.pretrained import PretrainedEncoder
-from audiossl.probing import logmel_statistics
 from audiossl.sound.frontend import FrontEnd
 from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.reading import newest_checkpoint
