@@ -22,7 +22,7 @@ from audiossl.features.classifier import LinearHead
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
 from audiossl.running.ranks import mean_of_all_ranks
-from audiossl.scoring.pooling import POOLINGS, AttentionWeights, WeakPooling
+from audiossl.scoring.pooling import AttentionWeights, WeakPooling, pool_moments
 from audiossl.sound.waveform import to_float
 from audiossl.tuning.augmentation import Augmentation, Sounds, frames_of
 from audiossl.tuning.describing import columns_of, describe
@@ -195,11 +195,8 @@ class FineTuning(nn.Module):
 
     def pooled(self, clips: Sounds, features: Tensor, probabilities: Tensor) -> Tensor:
         """Pool the moments' probabilities (B, T', C) as `weak_pooling` says: (B, C)."""
-        starts = torch.arange(probabilities.shape[1], device=probabilities.device) * self.encoder.stride[1]
-        valid = starts < clips.length.clamp(min=1).to(starts.device)[:, None]
-        if self.attention is not None:
-            return POOLINGS["attention"](probabilities, self.attention(features), valid)
-        return POOLINGS["max" if self.weak_pooling == "none" else self.weak_pooling](probabilities, valid)
+        how = dict(features=features, attention=self.attention)
+        return pool_moments(self.weak_pooling, probabilities, clips.length, self.encoder.stride[1], **how)
 
     def _hear(self, batch: Batch, generator: Noise | None) -> Sounds:
         """Turn the batch into spectrograms; in training augmented, and so are the targets."""

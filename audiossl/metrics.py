@@ -58,6 +58,7 @@ class Scores:
     num_clips: int
     accuracy: float | None
     judged: NDArray[np.int64]  # (C,), the clips of which it is known whether they hold the class
+    is_exact: bool = True  # False: of scores rounded to float16 (`scoring.tally`)
 
     @property
     def num_absent(self) -> int:

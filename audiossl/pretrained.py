@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.chunks import valid_tokens
 from audiossl.features.classifier import LinearHead, pool_tokens
+from audiossl.scoring.pooling import AttentionWeights, WeakPooling, pool_moments
 from audiossl.spectrogram import resample
 from audiossl.weights.hub import HubModel
 
@@ -28,13 +30,22 @@ class PretrainedEncoder(HubModel, nn.Module):
 
     `model(waveform, rate_hz)` gives tokens (B, n + N, D), the n class tokens first, from waveform (B, S) in [-1, 1] at
     any rate; clips longer than the model's length are cut to it, shorter ones padded as in training. `labels` names
-    the head's classes where they are known. With `mask_padding` nothing attends to padding (ATST); the others hear it.
+    the head's classes where they are known; `attention` weighs the moments of a head that learned so when things happen
+    from labels of clips. With `mask_padding` nothing attends to padding (ATST); the others hear it.
     `save_pretrained(folder)`, `push_to_hub(repo_id)` and `from_pretrained(source)` are those of the HuggingFace hub.
     """
 
-    def __init__(self, encoder: Encoder, frontend: nn.Module, head: LinearHead | None, description: dict[str, Any]):
+    def __init__(
+        self,
+        encoder: Encoder,
+        frontend: nn.Module,
+        head: LinearHead | None,
+        description: dict[str, Any],
+        attention: AttentionWeights | None = None,
+    ):
         super().__init__()
         self.encoder, self.frontend, self.head, self.description = encoder, frontend, head, description
+        self.attention = attention
 
     @property
     def width(self) -> int:
@@ -86,9 +97,31 @@ class PretrainedEncoder(HubModel, nn.Module):
         """
         if self.head is None:
             raise UserError("this encoder has no classifier: it was trained without labels, or exported without one")
+        return self.head(self._features(spectrogram, num_frames))
+
+    @property
+    def weak_pooling(self) -> WeakPooling:
+        """How the moments of a head were pooled in training, to make a clip's probability; none for other heads."""
+        said = self.description.get("weak_pooling", "none")
+        return "none" if said == "attention" and self.attention is None else said  # an older export lacks it
+
+    def clip_logits(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Score the classes of whole clips, (B, C): a head's for clips, or moments pooled as `weak_pooling` says.
+
+        Raises `UserError` where there is no head.
+        """
+        if self.head is None or self.head.pooling != "columns":
+            return self.logits(spectrogram, num_frames)
+        features = self._features(spectrogram, num_frames)
+        heard = torch.full((len(spectrogram),), spectrogram.shape[-1]) if num_frames is None else num_frames
+        how = dict(features=features, attention=self.attention)
+        probabilities, stride = self.head(features).sigmoid(), self.encoder.stride[1]
+        return pool_moments(self.weak_pooling, probabilities, heard, stride, **how).logit(eps=1e-7)
+
+    def _features(self, spectrogram: Tensor, num_frames: Tensor | None) -> Tensor:
         tokens = self.tokens(spectrogram, num_frames)
         valid, rows = self._valid(spectrogram, num_frames) if self.mask_padding else None, self.encoder.grid[0]
-        return self.head(pool_tokens(tokens, self.head.pooling, self.encoder.num_class_tokens, valid, num_rows=rows))
+        return pool_tokens(tokens, self.head.pooling, self.encoder.num_class_tokens, valid, num_rows=rows)
 
     def _valid(self, spectrogram: Tensor, num_frames: Tensor | None) -> Tensor | None:
         if num_frames is None:

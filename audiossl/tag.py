@@ -44,13 +44,15 @@ def tag(
     """Score the classes of a clip that comes in blocks (S,) at the model's rate, window by window.
 
     Probabilities are sigmoids, class by class, as AudioSet's labels ask; `exclusive` takes the softmax instead, for
-    classes of which a clip has one. A head that scores moments is averaged over a window's. Raises `UserError` for an
+    classes of which a clip has one. A head that scores moments is pooled over a window's as it was in training
+    (`weak_pooling`), else averaged. Raises `UserError` for an
     encoder without classifier, and `AudioError` as the blocks do.
     """
     layout, found = Layout.of(model.encoder, model.frontend, overlap), []
     with evaluating(model):
         for windows in windows_for(model.encoder, model.frontend, layout, cut(0, blocks, layout), batch_size):
-            logits = model.logits(windows.spectrogram, windows.valid_frames).float().cpu()
+            score = model.logits if model.weak_pooling == "none" else model.clip_logits
+            logits = score(windows.spectrogram, windows.valid_frames).float().cpu()
             if not logits.isfinite().all():
                 raise AudioError(NOT_FINITE)
             scores = logits.softmax(-1) if exclusive else logits.sigmoid()

@@ -8,7 +8,9 @@ shards; `probe.py` and `finetune.py` see no difference. One YAML in conf/task/ i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +21,10 @@ from numpy.typing import NDArray
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.labelled.classes import Kind, check_classes, classes_of, kind_of, labels_of
+from audiossl.labelled.columns import Columns, Keys, Ragged
 from audiossl.labelled.divisions import Division, divide
-from audiossl.labelled.reading import rows_of_folder, rows_of_shards
+from audiossl.labelled.reading import columns_of_shards, rows_of_folder, those_there
 from audiossl.labelled.recordings import pack_rows, write_labels
-from audiossl.labelled.rows import Row
 from audiossl.scoring.numbers import CLIP_METRICS, EVENT_METRICS
 from audiossl.sound import audio
 from audiossl.sound.audio import decode
@@ -36,7 +38,8 @@ USUAL = {"multiclass": "accuracy", "multilabel": "mAP", "events": "event_f1"}
 class Task:
     """Hold a labelled set of n clips and C classes.
 
-    `labels` are each clip's class ids; `known` (n, C) bool says which were judged, None for all.
+    `keys` and `labels`, each clip's class ids, are read where they lie; `known` (n, C) bool says which were judged,
+    None for all.
     `events` lists each clip's (onset_seconds, offset_seconds, class id), None where the set does not say when.
     `onset_collar_seconds` and `variance_penalty` are those of `scoring.numbers.event_scores`.
     `seconds` (n,) are the clips' lengths, `clip_seconds` what is listened to of them, None for all. `hash` changes with
@@ -50,8 +53,8 @@ class Task:
     metric: str
     onset_collar_seconds: float
     variance_penalty: float
-    keys: list[str]
-    labels: list[NDArray[np.int32]] = field(repr=False)
+    keys: Sequence[str] = field(repr=False)
+    labels: Ragged = field(repr=False)
     known: NDArray[np.bool_] | None
     events: list[list[tuple[float, float, int]]] | None
     divisions: list[Division]
@@ -70,24 +73,27 @@ class Task:
 
     @property
     def targets(self) -> NDArray[np.float32]:
-        """Lay the labels out as (n, C): 1 for a clip's own, else 0."""
-        targets = np.zeros((len(self), len(self.classes)), np.float32)
-        for row, ids in zip(targets, self.labels, strict=True):
-            row[ids] = 1
-        return targets
+        """Lay the labels out as (n, C): 1 for a clip's own, else 0. For some clips alone: `targets_of`."""
+        return self.targets_of(np.arange(len(self)))
+
+    def targets_of(self, clips: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Lay the labels of some clips out: (len(clips), C)."""
+        return self.labels.one_hot(clips, len(self.classes))
 
     @property
     def hash(self) -> str:
         """Hash audio, labels and divisions: hexadecimal."""
         digest = hashlib.sha256(f"{self.index.corpus_hash} {self.kind} {self.classes} {self.events}".encode())
-        for values in (self.clips, *self.labels, self.known, *(part for d in self.divisions for part in d[1:])):
+        for values in (self.clips, self.labels.ids, self.known, *(part for d in self.divisions for part in d[1:])):
             digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
     def check_times(self) -> None:
         """Raise `UserError` where nobody says when things happen in a clip that is tested on."""
+        if self.kind != "events":
+            return
         for clip in np.concatenate([division.test for division in self.divisions]).tolist():
-            if self.kind == "events" and self.events[clip] is None:
+            if self.events[clip] is None:
                 raise UserError(f"task={self.name}: nobody says when things happen in test clip {self.keys[clip]}")
 
     def waveform(self, clip: int, rate_hz: int) -> NDArray[np.float32]:
@@ -100,17 +106,21 @@ class Task:
         waveform, stored_hz = decode(self.index.read(int(self.clips[clip])))
         if self.clip_seconds is not None:
             waveform = waveform[: round(self.clip_seconds * stored_hz)]
-        if len(np.unique(self.index.rate_hz[self.clips[self.divisions[0].train]])) > 1:
+        if self._has_several_rates:
             waveform, stored_hz = audio.resample(waveform, stored_hz, rate_hz), rate_hz
         return resample(torch.from_numpy(audio.to_int16(waveform))[None], stored_hz, rate_hz)[0].numpy()
+
+    @cached_property
+    def _has_several_rates(self) -> bool:
+        return len(np.unique(self.index.rate_hz[self.clips[self.divisions[0].train]])) > 1
 
     def shards_of(self, division: Division, path: Path) -> Path:
         """Write an index of a division's clips to `path`, with splits train, val and test; for `data.shards`."""
         parts = {"train": division.train, "val": division.validation, "test": division.test}
         clips = np.concatenate(list(parts.values()))
-        labels = [self.labels[clip] for clip in clips]
-        names = [name for name, part in parts.items() for _ in part]
-        return write_labels(self.index, self.clips[clips], path, classes=self.classes, labels=labels, split_of=names)
+        split = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+        said = dict(classes=self.classes, labels=self.labels.take(clips), split=split, splits=list(parts))
+        return write_labels(self.index, self.clips[clips], path, **said)
 
 
 def load_task(
@@ -155,21 +165,20 @@ def load_task(
     columns = dict(filename=filename, label=label, separator=separator, split=split, fold=fold)
     if shards is not None:
         index = Index.load(shards)
-        rows, clips = rows_of_shards(index, metadata, columns | dict(audio_folder=""), max_bad_fraction)
+        said, clips = columns_of_shards(index, metadata, columns | dict(audio_folder=""), max_bad_fraction)
     else:
         folder = _existing(root, about)
         rows = rows_of_folder(folder, kind, layout, metadata, audio_folder, columns)
-        index, clips = pack_rows(folder, rows, cache_dir=cache_dir, max_bad_fraction=max_bad_fraction)
+        index, found = pack_rows(folder, rows, cache_dir=cache_dir, max_bad_fraction=max_bad_fraction)
+        said, clips = those_there(rows, found)
     where = shards or root
-    there = [number for number, clip in enumerate(clips) if clip is not None]
-    rows, clips = [rows[number] for number in there], np.array([clips[number] for number in there], np.int64)
-    kind = kind_of(rows, kind, where)
-    names = classes_of(rows, classes, where)
-    labels, known = labels_of(rows, names)
-    keys = [index.key(clip) for clip in clips.tolist()]
+    kind = kind_of(said, kind, where)
+    names = classes_of(said, classes, where)
+    labels, known = labels_of(said, names)
+    keys = Keys(index, clips)
     names_of = {"train": train_splits, "validation": validation_splits, "test": test_splits}
     how = dict(names=names_of, folds=folds, validation=validation, test=test)
-    divisions = divide(keys, [row.split for row in rows], [row.fold for row in rows], **how)
+    divisions = divide(keys, said, **how)
     check_classes(divisions, labels, names, empty_classes)
     return Task(
         name=name,
@@ -181,7 +190,7 @@ def load_task(
         keys=keys,
         labels=labels,
         known=known,
-        events=_events(rows, names) if kind == "events" else None,
+        events=_events(said, names) if kind == "events" else None,
         divisions=divisions,
         clip_seconds=clip_seconds,
         published=dict(published),
@@ -204,7 +213,6 @@ def _metric(metric: str | None, kind: Kind) -> str:
     return metric or USUAL[kind]
 
 
-def _events(rows: list[Row], classes: list[str]) -> list[list[tuple[float, float, int]] | None]:
+def _events(said: Columns, classes: list[str]) -> list[list[tuple[float, float, int]] | None]:
     place = {name: number for number, name in enumerate(classes)}
-    times = [None if row.events is None else [(e[0], e[1], place[e.label]) for e in row.events] for row in rows]
-    return times
+    return [None if own is None else [(e[0], e[1], place[e.label]) for e in own] for own in said.events]

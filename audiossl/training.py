@@ -31,7 +31,7 @@ from audiossl.loading.ledger import Accounts
 from audiossl.optim import OptimSettings
 from audiossl.parts.memory import Memory
 from audiossl.pretraining import Pretraining
-from audiossl.probing import Probe, ProbeCallback
+from audiossl.probes.intraining import Probe, ProbeCallback
 from audiossl.running import report
 from audiossl.running.alarm import CollapseAlarm
 from audiossl.running.averaging import Averaging

@@ -77,7 +77,7 @@ def score_means(folder: Path, probe: Path) -> dict[str, dict[str, float]]:
     if not kept.exists():
         import torch
 
-        from audiossl.probing import Probe
+        from audiossl.probes.intraining import Probe
         from audiossl.running.build import load_method, method_from_config
 
         trained, config = load_method(folder)

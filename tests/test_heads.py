@@ -10,8 +10,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from audiossl.features.heads import Split
-from audiossl.heads.examples import Examples
+from audiossl.heads.examples import Examples, Split
 from audiossl.heads.fitting import NetSettings, fit
 from audiossl.heads.linear import knn, linear
 from audiossl.heads.quality import mean_average_precision

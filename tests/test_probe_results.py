@@ -7,7 +7,8 @@ import pytest
 
 from audiossl.probes.blocks import ClipFeatures
 from audiossl.probes.compare import comparison
-from audiossl.probes.evaluation import _on_a_grid, hold_out
+from audiossl.probes.evaluation import hold_out
+from audiossl.probes.moments import on_a_grid
 from audiossl.probes.scores import Tested as OneFold
 from audiossl.probes.scores import summarise
 
@@ -35,9 +36,9 @@ def test_domains_are_averaged_where_every_set_was_probed():
 
 def small_task(num: int = 60, classes: int = 3):
     labels = np.arange(num) % classes
-    return SimpleNamespace(
-        kind="multiclass", metric="accuracy", targets=np.eye(classes, dtype=np.float32)[labels], known=None, name="t"
-    ), labels
+    targets = np.eye(classes, dtype=np.float32)[labels]
+    about = dict(kind="multiclass", metric="accuracy", known=None, name="t", targets=targets)
+    return SimpleNamespace(targets_of=targets.__getitem__, **about), labels
 
 
 def test_a_score_is_the_mean_over_folds_and_seeds_and_lies_in_its_interval():
@@ -71,5 +72,5 @@ def test_moments_become_frames_of_the_nearest():
     middles = np.array([0.1, 0.3, 0.5, 0.1, 0.3], np.float32)
     features = ClipFeatures(None, np.array([0, 1, 2]), None, middles, np.array([0, 3, 5]), {}, 0, True)
     task = SimpleNamespace(seconds=np.array([0.8, 0.4]), clip_seconds=None)
-    first, second = _on_a_grid(task, features, np.array([0, 1]), np.arange(5.0)[:, None], 0.2)
+    first, second = on_a_grid(task, features, np.array([0, 1]), np.arange(5.0)[:, None], 0.2)
     assert first[:, 0].tolist() == [0, 1, 2, 2] and second[:, 0].tolist() == [3, 4]

@@ -18,8 +18,10 @@ from torch import nn
 from audiossl.embeddings import clip_features, evaluating, windows_of
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
-from audiossl.features.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
-from audiossl.probing import Probe, ProbeCallback, clip_statistics, logmel_statistics
+from audiossl.features.statistics import logmel_statistics
+from audiossl.heads.accuracy import confidence_interval, knn_accuracy, linear_accuracy
+from audiossl.heads.examples import Split
+from audiossl.probes.intraining import Probe, ProbeCallback, clip_statistics
 from audiossl.spectrogram import KaldiFbank
 
 CHOICES = dict(neighbours=[1, 3, 5], l2_grid=[0.01, 1.0, 100.0], pooling="max")

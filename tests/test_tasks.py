@@ -248,3 +248,22 @@ def test_missing_files_are_named_and_too_many_of_them_stop(task_of, real_folder,
     with pytest.raises(UserError, match=r"1 of 24 recordings cannot be used, such as audio/dog-1.* \(no such file\)"):
         task_of(folder)
     assert len(task_of(folder, max_bad_fraction=0.1)) == 23
+
+
+def test_packing_says_how_much_goes_where_and_begins_only_where_there_is_room(task_of, real_folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    num_bytes = sum(path.stat().st_size for path in (real_folder / "audio").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=num_bytes // 2))
+        said = "packing its 24 files once takes about .* MB in .*tasks, where .* MB are free; .*task.cache_dir=DIR"
+        with pytest.raises(UserError, match=f"{said}.*audiossl pack .* --out SHARDS.*task.shards=SHARDS"):
+            task_of(cache_dir=str(tmp_path))
+    assert not list(tmp_path.glob("tasks/*/shard-*"))
+    task = task_of(cache_dir=str(tmp_path))
+    (said,) = [record.getMessage() for record in caplog.records if "packing" in record.getMessage()]
+    assert "24 files" in said and str(tmp_path / "tasks") in said and "free" in said
+    estimate, packed = float(said.split("about ")[1].split()[0]) * 1e6, task.index.shards[0].stat().st_size
+    assert packed == pytest.approx(estimate, rel=0.1) and "MB" in said
+    caplog.clear()
+    task_of(cache_dir=str(tmp_path))
+    assert "packing" not in caplog.text

@@ -62,7 +62,7 @@ def export_of(method: FineTuning, folder: Path, **about) -> Path:
     frontend = {k: v for k, v in frontend.items() if not str(v).startswith("${")}
     frontend |= dict(num_mels=64, seconds=method.frontend.frames / 100, mean=-4.27, std=4.57)
     description = describe(method.encoder, method.head, frontend, None) | about
-    write_export(method.encoder, method.head, description, folder / "encoder.safetensors")
+    write_export(method.encoder, method.head, description, folder / "encoder.safetensors", attention=method.attention)
     return folder
 
 

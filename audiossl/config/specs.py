@@ -33,7 +33,7 @@ PRETRAIN = Spec(
         "stopping": "audiossl.running.stopping.EarlyStopping",
         "alarm": "audiossl.running.alarm.CollapseAlarm",
         "logger": "audiossl.running.loggers.build_loggers",
-        "probe": "audiossl.probing.Probe",
+        "probe": "audiossl.probes.intraining.Probe",
         "pictures": {"every_steps": "int", "clips": "int"},
     },
     code_args={

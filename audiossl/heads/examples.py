@@ -6,8 +6,9 @@ want one vector take the mean of the bag.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,12 +16,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audiossl.errors import UserError
-from audiossl.features.heads import Split
-from audiossl.probes.blocks import ClipFeatures
-from audiossl.probes.segments import POOLED
+
+if TYPE_CHECKING:
+    from audiossl.probes.blocks import ClipFeatures
 
 Layers = Literal["last"] | int | list[int]
 Pooling = Literal["mean", "max", "class", "class+mean"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Name the rows of a feature table that a head is fitted on, makes its choice on, and is tested on."""
+
+    train: NDArray
+    validation: NDArray
+    test: NDArray
+
+    @classmethod
+    def of_folds(
+        cls, folds: NDArray, *, train_folds: Sequence[int], validation_fold: int, test_folds: Sequence[int]
+    ) -> Split:
+        """Divide clips by fold number; `train_folds` may name the validation fold too, which is then taken out."""
+        assert validation_fold not in test_folds and not set(train_folds) & set(test_folds), "a test fold is trained on"
+        train = [fold for fold in train_folds if fold != validation_fold]
+        return cls(
+            np.flatnonzero(np.isin(folds, train)),
+            np.flatnonzero(folds == validation_fold),
+            np.flatnonzero(np.isin(folds, test_folds)),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,8 @@ def take_layers(values: NDArray, layers: Layers) -> NDArray:
 
 def pooled_rows(features: ClipFeatures, pooling: Pooling, layers: Layers | None) -> NDArray[np.float32]:
     """Take one vector a segment and layer: (segments, L, D'); `layers` None is all of them."""
+    from audiossl.probes.segments import POOLED  # which imports what opens any encoder
+
     if "class" in pooling and not features.has_classes:
         raise UserError(f"probe.pooling={pooling}: this encoder has no class token; take mean or max")
     parts = [features.pooled[:, :, POOLED.index(name)] for name in pooling.split("+")]

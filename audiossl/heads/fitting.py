@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.features.heads import Split
-from audiossl.heads.examples import Examples, tensor_of
+from audiossl.heads.examples import Examples, Split, tensor_of
 from audiossl.heads.linear import Predicted, standardisation
 from audiossl.heads.nets import Nets, Optimiser, Shape
 from audiossl.heads.quality import losses_of, quality
@@ -60,8 +59,9 @@ class NetSettings:
 
 
 def fit(
-    examples: Examples, splits: Sequence[Split], settings: NetSettings, *, seed: int, device: torch.device | str = "cpu"
-) -> list[Predicted]:
+    examples: Examples, splits: Sequence[Split], settings: NetSettings, *, seed: int,
+    device: torch.device | str = "cpu", with_validation: bool = False,
+) -> list[Predicted]:  # fmt: skip
     """Fit all candidates on every split, and give the test probabilities of each split's best."""
     if not settings.lr or not settings.hidden_layers or min(settings.hidden_layers) < 0:
         raise UserError("heads.*.lr and heads.*.hidden_layers: name at least one rate, and one depth, 0 for linear")
@@ -72,11 +72,13 @@ def fit(
         some = max(1, int(VALUES_AT_ONCE // max(_values_per_step(examples, splits, settings, depth), 1)))
         for first in range(0, len(candidates), some):
             group = candidates[first : first + some]
-            found = _Fit(examples, splits, settings, group, depth, seed, device).run()
-            for (number, rate), (goodness, probabilities) in zip(group, found, strict=True):
+            one = _Fit(examples, splits, settings, group, depth, seed, device)
+            found = one.run()
+            held_out = one.held_out() if with_validation else [None] * len(group)
+            for (number, rate), (goodness, probabilities), validation in zip(group, found, held_out, strict=True):
                 if best[number] is None or goodness > best[number][0]:
                     chosen = {"lr": rate} | ({"hidden_layers": depth} if len(settings.hidden_layers) > 1 else {})
-                    best[number] = goodness, Predicted(probabilities, chosen)
+                    best[number] = goodness, Predicted(probabilities, chosen, validation)
     return [found[1] for found in best if found is not None]
 
 
@@ -157,6 +159,10 @@ class _Fit:
         if has_validation and settings.keep == "best":
             self.nets.load(kept)
         return list(zip(best.tolist(), self._predict([split.test for split in self.splits]), strict=True))
+
+    def held_out(self) -> list[NDArray[np.float64]]:
+        """Give each trained candidate's probabilities for its validation examples."""
+        return self._predict([split.validation for split in self.splits])
 
     def _epoch(self, epoch: int, batch: int, steps: int) -> None:
         order = torch.stack([self._order(split.train, batch * steps) for split in self.splits])

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from audiossl.features.heads import Split
-from audiossl.heads.examples import Examples, tensor_of
+from audiossl.heads.examples import Examples, Split, tensor_of
 from audiossl.heads.lbfgs import Logistic, minimise
 from audiossl.heads.quality import cross_entropy, quality
 
@@ -26,15 +25,20 @@ Problem = tuple[NDArray, float]  # the rows that it is fitted on, and the weight
 
 
 class Predicted(NamedTuple):
-    """Hold a head's probabilities for the test examples of a fold (test, C), and what it chose there."""
+    """Hold a head's probabilities for the test examples of a fold (test, C), and what it chose there.
+
+    `validation` are those for the validation examples, by the same head fitted without them; None where not asked for.
+    """
 
     probabilities: NDArray[np.float64]
     chosen: dict[str, float | str]
+    validation: NDArray[np.float64] | None = None
 
 
 def linear(
-    examples: Examples, splits: Sequence[Split], *, l2_grid: list[float], device: torch.device | str = "cpu"
-) -> list[Predicted]:
+    examples: Examples, splits: Sequence[Split], *, l2_grid: list[float], device: torch.device | str = "cpu",
+    with_validation: bool = False,
+) -> list[Predicted]:  # fmt: skip
     """Fit logistic regression by L-BFGS, fold by fold: multinomial where a clip has one class, else one per class.
 
     An entry of `l2_grid` weighs half the squared coefficients against the sum of the losses, as 1 / C of scikit-learn;
@@ -55,14 +59,20 @@ def linear(
         of_fold = np.array(losses).reshape(len(splits), -1)
         chosen = [l2_grid[best] for best in of_fold.argmin(1)]
     problems = [(np.concatenate([s.train, s.validation]), l2) for s, l2 in zip(splits, chosen, strict=True)]
+    asked = [split.test for split in splits]
+    if with_validation:
+        problems += [(split.train, l2) for split, l2 in zip(splits, chosen, strict=True)]
+        asked += [split.validation for split in splits]
     found = []
-    for split, l2, logits in zip(
-        splits, chosen, _logits(features, targets, known, problems, examples.is_exclusive), strict=True
-    ):
-        tested = logits[split.test]
-        probabilities = torch.softmax(tested, -1) if examples.is_exclusive else torch.sigmoid(tested)
-        found.append(Predicted(probabilities.cpu().numpy(), {"l2": l2}))
-    return found
+    all_logits = _logits(features, targets, known, problems, examples.is_exclusive)
+    for rows, logits in zip(asked, all_logits, strict=True):
+        probabilities = torch.softmax(logits[rows], -1) if examples.is_exclusive else torch.sigmoid(logits[rows])
+        found.append(probabilities.cpu().numpy())
+    validation = found[len(splits) :] or [None] * len(splits)
+    return [
+        Predicted(tested, {"l2": l2}, held_out)
+        for tested, l2, held_out in zip(found[: len(splits)], chosen, validation, strict=True)
+    ]
 
 
 def _logits(
@@ -117,8 +127,9 @@ def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def knn(
-    examples: Examples, splits: Sequence[Split], *, neighbours: list[int], device: torch.device | str = "cpu"
-) -> list[Predicted]:
+    examples: Examples, splits: Sequence[Split], *, neighbours: list[int], device: torch.device | str = "cpu",
+    with_validation: bool = False,
+) -> list[Predicted]:  # fmt: skip
     """Let the nearest training examples by cosine vote: a class's probability is its share among them.
 
     The number of voters is the one of best quality on the validation examples (accuracy or mAP), the first of equals.
@@ -129,13 +140,15 @@ def knn(
     found = []
     for split in splits:
         possible = [k for k in neighbours if k <= len(split.train)] or [len(split.train)]
-        votes = _votes(features, targets, known, split.train, split.validation, possible) if possible[1:] else []
+        is_asked = with_validation or len(possible) > 1
+        votes = _votes(features, targets, known, split.train, split.validation, possible) if is_asked else []
         rows = split.validation
         goodness = [quality(some, targets[rows], _of(known, rows), examples.is_exclusive) for some in votes]
-        k = possible[int(np.argmax(goodness))] if goodness else possible[0]
+        best = int(np.argmax(goodness)) if goodness else 0
+        held_out = votes[best].double().cpu().numpy() if with_validation else None
         fitted = np.concatenate([split.train, split.validation])
-        (votes,) = _votes(features, targets, known, fitted, split.test, [k])
-        found.append(Predicted(votes.double().cpu().numpy(), {"neighbours": k}))
+        (votes,) = _votes(features, targets, known, fitted, split.test, possible[best : best + 1])
+        found.append(Predicted(votes.double().cpu().numpy(), {"neighbours": possible[best]}, held_out))
     return found
 
 

@@ -11,35 +11,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audiossl.errors import UserError
+from audiossl.labelled.columns import Columns, Ragged
 from audiossl.labelled.divisions import Division
-from audiossl.labelled.rows import Row
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["multiclass", "multilabel", "events"]
 
 
-def kind_of(rows: Sequence[Row], kind: Kind | None, where: str | None) -> Kind:
+def kind_of(columns: Columns, kind: Kind | None, where: str | None) -> Kind:
     """Tell what is asked, or refuse what the labels cannot answer."""
-    timed = [row.events is not None for row in rows]
+    timed = [False] if columns.events is None else [events is not None for events in columns.events]
     has_events = any(timed) if kind == "events" else all(timed)  # DESED: some clips are known by label only
-    most = next((row for row in rows if len(row.labels) > 1), None)
-    none = next((row for row in rows if not row.labels), None)
+    counts = columns.labels.lengths
     if kind is None:
-        kind = "events" if has_events else "multiclass" if most is None else "multilabel"
+        kind = "events" if has_events else "multilabel" if (counts > 1).any() else "multiclass"
     if kind == "events" and not has_events:
         raise UserError(f"task.kind=events: {where} does not say when; it needs tsv files with onset and offset")
-    if kind == "multiclass" and (odd := most or none) is not None:
+    if kind == "multiclass" and (counts != 1).any():
+        odd = int((counts > 1).argmax() if (counts > 1).any() else (counts == 0).argmax())
         raise UserError(
-            f"{where}: {odd.filename} has {len(odd.labels)} labels, and a multiclass task needs one each; take "
+            f"{where}: {columns.name_of(odd)} has {counts[odd]} labels, and a multiclass task needs one each; take "
             "task.kind=multilabel, or another column with task.label=COLUMN"
         )
     return kind
 
 
-def classes_of(rows: Sequence[Row], classes: str | list[str] | None, where: str | None) -> list[str]:
+def classes_of(columns: Columns, classes: str | list[str] | None, where: str | None) -> list[str]:
     """List the classes in their published order, or sorted; numbers sort as numbers."""
-    found = {label for row in rows for label in (*row.labels, *(row.known or ()))}
+    found = {columns.names[number] for number in np.unique(columns.labels.ids).tolist()}
+    found |= {label for known in columns.known or () for label in known or ()}
     if isinstance(classes, str):
         path = Path(classes).expanduser()
         if not path.is_file():
@@ -61,23 +62,24 @@ def classes_of(rows: Sequence[Row], classes: str | list[str] | None, where: str 
     return classes
 
 
-def labels_of(rows: Sequence[Row], classes: list[str]) -> tuple[list[NDArray[np.int32]], NDArray[np.bool_] | None]:
+def labels_of(columns: Columns, classes: list[str]) -> tuple[Ragged, NDArray[np.bool_] | None]:
     """Number each clip's labels, ascending, and mark which were judged (n, C), None where all were."""
     place = {name: number for number, name in enumerate(classes)}
-    labels = [np.array(sorted(place[label] for label in row.labels), np.int32) for row in rows]
-    if all(row.known is None for row in rows):
+    labels = columns.labels.renumbered(np.array([place.get(name, -1) for name in columns.names], np.int32))
+    if columns.known is None:
         return labels, None
-    known = np.ones((len(rows), len(classes)), bool)
-    for number, row in enumerate(rows):
-        if row.known is not None:
+    known = np.ones((len(columns), len(classes)), bool)
+    for number, judged in enumerate(columns.known):
+        if judged is not None:
             known[number] = False
-            known[number, [place[label] for label in (*row.known, *row.labels)]] = True
+            known[number, [place[label] for label in judged]] = True
+            known[number, labels[number]] = True
     return labels, known
 
 
 def check_classes(
     divisions: Sequence[Division],
-    labels: Sequence[NDArray[np.int32]],
+    labels: Ragged,
     classes: list[str],
     empty: Literal["stop", "allow"],
 ) -> None:
@@ -96,7 +98,6 @@ def check_classes(
             log.warning(said, where, len(untested), classes[untested[0]])
 
 
-def _absent(labels: Sequence[NDArray[np.int32]], clips: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+def _absent(labels: Ragged, clips: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
     """List the classes that none of `clips` has."""
-    of_clips = np.concatenate([np.zeros(0, np.int32), *(labels[clip] for clip in clips)])
-    return np.flatnonzero(np.bincount(of_clips, minlength=num_classes) == 0)
+    return np.flatnonzero(np.bincount(labels.take(clips).ids, minlength=num_classes) == 0)

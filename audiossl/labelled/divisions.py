@@ -7,13 +7,16 @@ hash of their keys, so that it is the same share everywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audiossl.errors import UserError
+
+if TYPE_CHECKING:
+    from audiossl.labelled.columns import Columns
 
 USUAL = {
     "train": ("train", "training", "dev", "development"),
@@ -33,8 +36,7 @@ class Division(NamedTuple):
 
 def divide(
     keys: Sequence[str],
-    splits: Sequence[str | None],
-    fold_of: Sequence[int | None],
+    columns: Columns,
     *,
     names: dict[str, list[str] | None],
     folds: list[int] | None,
@@ -47,20 +49,20 @@ def divide(
     None for all. `validation`: a share of the training clips, or "next", the fold after the one tested on, for sets
     that have no clips to validate on. Raises `UserError` for what is not there, and where nothing is left.
     """
-    if any(fold is not None for fold in fold_of):
+    if (columns.fold >= 0).any():
         if test is not None:
             raise UserError(
                 f"task.test={test}: this set has folds to test on; task.fold and task.test exclude each other"
             )
-        return _by_fold(keys, fold_of, folds, validation)
+        return _by_fold(keys, columns.fold, folds, validation)
     if folds is not None:
         raise UserError(f"task.folds={folds}: this set has no folds; name their column with task.fold=COLUMN")
     if validation == "next":
         raise UserError("task.validation=next: is for sets with folds; give a share, such as 0.1")
-    if any(split is not None for split in splits):
+    if (columns.split >= 0).any():
         if test is not None:
             raise UserError(f"task.test={test}: this set has a split to test on; leave it out")
-        train, held_out, tested = _by_split(splits, names)
+        train, held_out, tested = _by_split(columns, names)
     else:
         if test is None:
             raise UserError(
@@ -72,16 +74,15 @@ def divide(
     return [_checked(_hold_out(Division("", train, held_out, tested), keys, validation))]
 
 
-def chosen_by_hash(keys: Sequence[str], share: float, what: str) -> NDArray[np.bool_]:
+def chosen_by_hash(keys: Iterable[str], share: float, what: str) -> NDArray[np.bool_]:
     """Choose about `share` of the clips, each by its own key: the same ones whatever else is in the set."""
     hashes = (hashlib.sha256(f"{what} {key}".encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
-    return np.array([int.from_bytes(digest) < share * 2**64 for digest in hashes], bool)
+    return np.fromiter((int.from_bytes(digest) < share * 2**64 for digest in hashes), bool)
 
 
 def _by_fold(
-    keys: Sequence[str], fold_of: Sequence[int | None], folds: list[int] | None, validation: float | str | None
+    keys: Sequence[str], numbers: NDArray[np.int32], folds: list[int] | None, validation: float | str | None
 ) -> list[Division]:
-    numbers = np.array([-1 if fold is None else fold for fold in fold_of])
     there = np.unique(numbers[numbers >= 0]).tolist()
     if absent := sorted(set(folds or ()) - set(there)):
         raise UserError(f"task.folds={folds}: there is no fold {absent[0]}; the set has {there}")
@@ -98,14 +99,14 @@ def _by_fold(
     return divisions
 
 
-def _by_split(splits: Sequence[str | None], names: dict[str, list[str] | None]) -> list[NDArray[np.int64]]:
-    there = sorted({split for split in splits if split is not None})
+def _by_split(columns: Columns, names: dict[str, list[str] | None]) -> list[NDArray[np.int64]]:
+    there = sorted(columns.splits[code] for code in np.unique(columns.split).tolist() if code >= 0)
     parts = []
     for part, given in names.items():
         if absent := sorted(set(given or ()) - set(there)):
             raise UserError(f"task.{part}_splits={given}: there is no split '{absent[0]}'; the set has {there}")
         wanted = USUAL[part] if given is None else given
-        parts.append(np.array([split in wanted for split in splits], bool))
+        parts.append(np.isin(columns.split, [code for code, name in enumerate(columns.splits) if name in wanted]))
         if part != "validation" and not parts[-1].any():
             raise UserError(f"no clip to {part} on: the splits are {there}; name them with task.{part}_splits=[...]")
     if (np.sum(parts, axis=0) > 1).any():
@@ -118,7 +119,7 @@ def _hold_out(division: Division, keys: Sequence[str], share: float | None) -> D
         return division
     if not 0 < share < 1:
         raise UserError(f"task.validation={share}: a share of the training clips, above 0 and below 1")
-    chosen = chosen_by_hash([keys[clip] for clip in division.train], share, "validation")
+    chosen = chosen_by_hash((keys[clip] for clip in division.train.tolist()), share, "validation")
     return division._replace(train=division.train[~chosen], validation=division.train[chosen])
 
 

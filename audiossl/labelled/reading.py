@@ -6,9 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.labelled.classes import Kind
+from audiossl.labelled.columns import Columns, columns_of_index, columns_of_rows
 from audiossl.labelled.recordings import find_rows
 from audiossl.labelled.rows import Row
 from audiossl.labelled.tables import event_tables, read_events, read_table
@@ -42,23 +46,28 @@ def rows_of_folder(
     return read_layout(layout, folder)
 
 
-def rows_of_shards(
+def columns_of_shards(
     index: Index, metadata: str | None, columns: dict[str, Any], max_bad_fraction: float
-) -> tuple[list[Row], list[int | None]]:
-    """Take labels, splits and folds from the shards' index, or from a table whose files are found among their keys."""
+) -> tuple[Columns, NDArray[np.int64]]:
+    """Take labels, splits and folds from the shards' index, or from a table whose files are found among their keys.
+
+    Gives what is said of them, and which clips of the index that is.
+    """
     if metadata is not None:
         rows = read_table(Path(metadata).expanduser(), **columns)
-        return rows, find_rows(index, rows, max_bad_fraction=max_bad_fraction)
+        return those_there(rows, find_rows(index, rows, max_bad_fraction=max_bad_fraction))
     has_folds = bool((index.fold >= 0).any()) and columns["split"] is None
-    labelled = [clip for clip in range(len(index)) if len(index.label_ids(clip))]
+    labelled = np.flatnonzero(np.diff(index.column("label_ends"), prepend=0))
     if len(labelled) < len(index):
         log.warning(
             "%s: %d of %d clips have no label and are left out", index.path, len(index) - len(labelled), len(index)
         )
-    if not labelled:
+    if not len(labelled):
         raise UserError(f"{index.path}: no clip has a label; pack the set with a meta.csv, or give task.metadata=FILE")
-    rows = []
-    for clip in labelled:
-        fold = int(index.fold[clip]) if has_folds and index.fold[clip] >= 0 else None
-        rows.append(Row(index.key(clip), tuple(index.labels(clip)), None if has_folds else index.split(clip), fold))
-    return rows, labelled
+    return columns_of_index(index, labelled, by_fold=has_folds), labelled
+
+
+def those_there(rows: list[Row], clips: list[int | None]) -> tuple[Columns, NDArray[np.int64]]:
+    """Keep the rows that have a clip."""
+    there = [number for number, clip in enumerate(clips) if clip is not None]
+    return columns_of_rows([rows[number] for number in there]), np.array([clips[number] for number in there], np.int64)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS, take_ragged, write_whole
 from audiossl.indexing.shardpaths import INDEX_NAME
+from audiossl.labelled.columns import Ragged
 from audiossl.labelled.rows import Row
 from audiossl.pack import REJECTED, pack_source
 from audiossl.packing.source import Clip, Source, key_of, name_keys
@@ -33,14 +35,15 @@ from audiossl.sound.audio import extension_of
 
 log = logging.getLogger(__name__)
 
+CLIP_OVERHEAD = 2048  # bytes: tar headers, the json, its line in the index
 SHARD_BYTES, RATE_HZ = 10**9, 32_000  # of what ffmpeg decodes; the rest stays as it is
 
 
 def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad_fraction: float) -> tuple[Index, list]:
     """Pack the files of `rows` into the cache, unless they are there; give their index and each row's clip, or None.
 
-    A file that is missing or cannot be read is None, and listed. Raises `UserError` where more than `max_bad_fraction`
-    of them are.
+    Size and place are said before it begins. A file that is missing or cannot be read is None, and listed. Raises
+    `UserError` where more than `max_bad_fraction` of them are, and where the disk has too little room.
     """
     source, reasons = _source(root, rows)
     needs_ffmpeg = source.num_through_ffmpeg() > 0
@@ -52,7 +55,7 @@ def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that begin together, one packs and the other waits
         if not (out / INDEX_NAME).is_file():
-            log.info("packing %d files of %s once, into %s", len(source.clips), root, out)
+            _announce(source, settings, out)
             pack_source(source, out, settings, workers=1)
     index = Index.load(out)
     clip_of = {index.key(clip): clip for clip in range(len(index))}
@@ -61,6 +64,26 @@ def pack_rows(root: Path, rows: Sequence[Row], *, cache_dir: str | None, max_bad
     unreadable = {row.filename: f"see {out / REJECTED}" for row, clip in zip(rows, clips, strict=True) if clip is None}
     _refuse_bad(root, rows, unreadable | reasons, max_bad_fraction)
     return index, clips
+
+
+def _announce(source: Source, settings: Settings, out: Path) -> None:
+    """Say what will be copied where; raise `UserError` where there is no room for it."""
+    sizes = source.packed_bytes(settings.rate_hz or 0, settings.codec)
+    needed = sum(size + CLIP_OVERHEAD for size in sizes)
+    there = sum(path.stat().st_size for path in out.glob("*")) if out.is_dir() else 0  # a pack that was killed goes on
+    free = shutil.disk_usage(out.parent).free
+    if needed - there > free:
+        raise UserError(
+            f"{source.folder}: packing its {len(source.clips):,} files once takes about {_size(needed)} in "
+            f"{out.parent}, where {_size(free)} are free; take a larger disk with task.cache_dir=DIR, or pack it "
+            f"yourself (python -m audiossl pack {source.folder} --out SHARDS) and give task.shards=SHARDS, no task.root"
+        )
+    said = "packing %s files of %s once, about %s, into %s (task.cache_dir; %s free)"
+    log.info(said, f"{len(source.clips):,}", source.folder, _size(needed), out, _size(free))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2g} MB"
 
 
 def find_rows(index: Index, rows: Sequence[Row], *, max_bad_fraction: float) -> list[int | None]:
@@ -77,17 +100,21 @@ def find_rows(index: Index, rows: Sequence[Row], *, max_bad_fraction: float) -> 
 
 
 def write_labels(
-    index: Index, clips: NDArray, path: Path, *, classes: Sequence[str], labels: Sequence, split_of: Sequence[str]
-) -> Path:
-    """Write an index of some clips of another, with labels (ids of `classes`) and splits of its own; gives its path."""
+    index: Index, clips: NDArray, path: Path, *, classes: Sequence[str], labels: Ragged, split: NDArray,
+    splits: Sequence[str],
+) -> Path:  # fmt: skip
+    """Write an index of some clips of another, with `labels` (ids of `classes`) and `split` (ids of `splits`) of each.
+
+    Gives its path.
+    """
     order = np.argsort(clips)
-    rows, splits = clips[order], sorted(set(split_of))
+    rows, there = clips[order], np.unique(split).tolist()
+    splits, kept = sorted(splits[code] for code in there), splits
     columns = {name: index.column(name)[rows] for name in COLUMNS if not name.endswith("_ends")}
     columns["key_bytes"], columns["key_ends"] = take_ragged(index.column("key_bytes"), index.column("key_ends"), rows)
-    columns["split"] = np.array([splits.index(split_of[i]) for i in order], np.int32)
-    ids = [np.asarray(labels[i], np.int32) for i in order]
-    columns["label_ids"] = np.concatenate([np.zeros(0, np.int32), *ids])
-    columns["label_ends"] = np.cumsum([len(own) for own in ids], dtype=np.int64)
+    places = np.array([splits.index(name) if name in splits else -1 for name in kept], np.int32)
+    columns["split"], own = places[split[order]], labels.take(order)
+    columns["label_ids"], columns["label_ends"] = own.ids, own.ends
     shards = [
         described | {"name": str(shard)} for shard, described in zip(index.shards, index.meta["shards"], strict=True)
     ]

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from audiossl.errors import UserError
-from audiossl.features.heads import Split
 from audiossl.heads.examples import (
     Examples,
     Layers,
     Pooling,
+    Split,
     averaged,
     good_clips,
     pooled_rows,
@@ -32,6 +32,7 @@ from audiossl.heads.examples import (
 from audiossl.heads.fitting import NetSettings, fit
 from audiossl.heads.linear import Predicted, knn, linear
 from audiossl.probes.blocks import ClipFeatures
+from audiossl.probes.moments import moment_examples, on_a_grid, thresholds_of, usual_step, without_bad
 from audiossl.probes.scores import Tested
 from audiossl.probes.segments import Wanted
 
@@ -47,13 +48,15 @@ class Reading:
     """Say how features are read: which layers, how moments are pooled, how a clip's segments are put together.
 
     `aggregate` embeddings averages the segments' features before the head; predictions fits heads on segments and
-    averages their probabilities.
+    averages their probabilities. `thresholds` say when something is heard: a probability, or tuned on validation
+    clips, class by class, for the highest F1 of moments.
     """
 
     layers: Layers = "last"
     pooling: Pooling = "mean"
     aggregate: Literal["embeddings", "predictions"] = "embeddings"
     held_out: float = 0.2
+    thresholds: float | Literal["validation"] = "validation"
 
 
 @dataclass(frozen=True)
@@ -97,28 +100,36 @@ def judge(
     clips = good_clips(features)
     splits = [_split(division, clips, task, head, reading.held_out) for division in task.divisions]
     if task.kind == "events":
-        examples, owner = _moment_examples(task, features, clips, head, reading)
+        examples, owner = moment_examples(
+            task, features, clips, None if getattr(head, "weighted", False) else reading.layers
+        )
         splits = [split_rows(split, owner) for split in splits]
     else:
         examples, owner = _clip_examples(task, features, clips, head, reading), np.arange(len(clips))
     tested, chosen = [], []
     for seed in seeds if isinstance(head, NetSettings) else seeds[:1]:
-        for division, split, one in zip(
-            task.divisions, splits, _predict(examples, splits, name, head, reading, seed, device), strict=True
-        ):
+        found = _predict(examples, splits, name, head, reading, seed, device, task.kind == "events")
+        for division, split, one in zip(task.divisions, splits, found, strict=True):
             asked = clips[np.unique(owner[split.test])]
-            probabilities, step = one.probabilities, None
             if task.kind == "events":
-                step = column_seconds or _usual_step(features)
-                probabilities = _on_a_grid(task, features, asked, one.probabilities, step)
-            tested.append(Tested(division.name, seed, asked, probabilities, step))
+                step = column_seconds or usual_step(features)
+                held_out = clips[np.unique(owner[split.validation])], one.validation
+                thresholds = thresholds_of(task, features, *held_out, step, reading.thresholds)
+                probabilities = on_a_grid(task, features, asked, one.probabilities, step)
+                tested.append(Tested(division.name, seed, asked, probabilities, step, thresholds))
+                is_tuned = isinstance(thresholds, np.ndarray)
+                decided = [round(each, 6) for each in thresholds.tolist()] if is_tuned else thresholds
+                chosen.append(one.chosen | {"thresholds": decided})
+                continue
+            tested.append(Tested(division.name, seed, asked, one.probabilities))
             chosen.append(one.chosen)
     return Judged(tested, chosen, time.perf_counter() - begin)
 
 
 def _predict(
-    examples: Examples, splits: list[Split], name: str, head: Head, reading: Reading, seed: int, device
-) -> list[Predicted]:
+    examples: Examples, splits: list[Split], name: str, head: Head, reading: Reading, seed: int, device,
+    with_validation: bool = False,
+) -> list[Predicted]:  # fmt: skip
     if reading.aggregate == "predictions" and len(examples.rows) > len(examples):
         rows, owner = examples.exploded()
         found = _predict(rows, [split_rows(s, owner) for s in splits], name, head, reading, seed, device)
@@ -127,21 +138,22 @@ def _predict(
             of_rows = np.searchsorted(split.test, owner[np.isin(owner, split.test)])
             together.append(Predicted(averaged(one.probabilities, of_rows, len(split.test)), one.chosen))
         return together
+    how = dict(device=device, with_validation=with_validation)
     if isinstance(head, NetSettings):
-        return fit(examples, splits, head, seed=seed, device=device)
-    return (linear if name == "linear" else knn)(examples, splits, device=device, **head)
+        return fit(examples, splits, head, seed=seed, **how)
+    return (linear if name == "linear" else knn)(examples, splits, **how, **head)
 
 
 def _clip_examples(task: Task, features: ClipFeatures, clips: NDArray, head: Head, reading: Reading) -> Examples:
     over, is_weighted = getattr(head, "over", "clip"), getattr(head, "weighted", False)
-    targets, known = task.targets[clips], None if task.known is None else task.known[clips]
+    targets, known = task.targets_of(clips), None if task.known is None else task.known[clips]
     layers = None if is_weighted else reading.layers
     if over == "moments":
         assert features.moments is not None and features.moment_offsets is not None
         rows = features.moments if layers is None else take_layers(features.moments, layers)
-        offsets = _without_bad(features.moment_offsets, clips)
+        offsets = without_bad(features.moment_offsets, clips)
     else:
-        rows, offsets = pooled_rows(features, reading.pooling, layers), _without_bad(features.offsets, clips)
+        rows, offsets = pooled_rows(features, reading.pooling, layers), without_bad(features.offsets, clips)
     examples = Examples(rows, offsets, targets, known, task.kind == "multiclass")
     if over == "clip" and reading.aggregate == "embeddings":
         shape = (len(clips), *rows.shape[1:])
@@ -154,58 +166,6 @@ def _highest(rows: NDArray, offsets: NDArray) -> NDArray[np.float32]:
     return np.maximum.reduceat(rows, offsets[:-1], axis=0)
 
 
-def _moment_examples(
-    task: Task, features: ClipFeatures, clips: NDArray, head: Head, reading: Reading
-) -> tuple[Examples, NDArray[np.int64]]:
-    """Make every moment an example, with the classes that sound at its middle; returns whose clip each is of."""
-    assert features.moments is not None and features.middles_seconds is not None
-    layers = None if getattr(head, "weighted", False) else reading.layers
-    rows = features.moments if layers is None else take_layers(features.moments, layers)
-    offsets = _without_bad(features.moment_offsets, clips)
-    targets = np.zeros((len(rows), len(task.classes)), np.float32)
-    known = np.ones(targets.shape, bool)
-    for place, clip in enumerate(clips):
-        if task.events[clip] is None:  # its labels say what is heard, and nobody says when
-            known[offsets[place] : offsets[place + 1]] = False
-            continue
-        middles = features.middles_seconds[offsets[place] : offsets[place + 1]]
-        for onset, offset, label in task.events[clip]:
-            sounding = (middles >= onset) & (middles < offset)
-            targets[offsets[place] : offsets[place + 1]][sounding, label] = 1
-    owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
-    return Examples(rows, np.arange(len(rows) + 1), targets, None if known.all() else known, False), owner
-
-
-def _on_a_grid(
-    task: Task, features: ClipFeatures, clips: NDArray, probabilities: NDArray, step: float
-) -> list[NDArray[np.float64]]:
-    """Give each clip's frames, `step` seconds apart from its start, those of the nearest moment."""
-    found, begin = [], 0
-    for clip in clips:
-        first, stop = features.moment_offsets[clip], features.moment_offsets[clip + 1]
-        middles = np.asarray(features.middles_seconds[first:stop])
-        seconds = (
-            float(task.seconds[clip])
-            if task.clip_seconds is None
-            else min(float(task.seconds[clip]), task.clip_seconds)
-        )
-        asked = (np.arange(max(1, int(np.ceil(seconds / step - 1e-6)))) + 0.5) * step
-        between = (middles[1:] + middles[:-1]) / 2
-        found.append(probabilities[begin + np.searchsorted(between, asked)])
-        begin += stop - first
-    return found
-
-
-def _usual_step(features: ClipFeatures) -> float:
-    steps = np.diff(np.asarray(features.middles_seconds))
-    return float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
-
-
-def _without_bad(offsets: NDArray[np.int64], clips: NDArray) -> NDArray[np.int64]:
-    """Drop the empty bags of clips that are left out; those are not among `clips`."""
-    return np.concatenate([offsets[clips], offsets[-1:]])
-
-
 def _split(division, clips: NDArray, task: Task, head: Head, held_out: float) -> Split:
     """Say which places of `clips` a head is fitted on, chooses on and is tested on."""
     train, validation, test = (within(part, clips) for part in division[1:])
@@ -213,7 +173,7 @@ def _split(division, clips: NDArray, task: Task, head: Head, held_out: float) ->
         if not len(rows):
             raise UserError(f"{task.name} {division.name}: none of the clips to {part} on can be used")
     if not len(validation) and _chooses(head):
-        train, validation = hold_out(train, task.targets[clips], held_out, is_exclusive=task.kind == "multiclass")
+        train, validation = hold_out(train, task.targets_of(clips), held_out, is_exclusive=task.kind == "multiclass")
     return Split(train, validation, test)
 
 

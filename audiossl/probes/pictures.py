@@ -31,7 +31,7 @@ def draw(task: Task, content: dict[str, Any], tested: Sequence[Tested], folder: 
     elif task.kind == "multilabel":
         clips = np.unique(np.concatenate([one.clips for one in tested]))
         known = 1.0 if task.known is None else task.known[clips]
-        counts, title = (task.targets[clips] * known).sum(0), f"{task.name}, {head}"
+        counts, title = (task.targets_of(clips) * known).sum(0), f"{task.name}, {head}"
         per_class_figure(per_class(task, tested), counts, task.classes, title, folder / "per_class.png")
 
 

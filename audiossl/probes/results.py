@@ -166,12 +166,27 @@ def notes(content: dict[str, Any]) -> list[str]:
     folds = [fold for fold in task["folds"] if fold]
     if len(folds) > 1:
         found.append(f"Mean of {len(folds)} folds; intervals over {task['test_clips']} test clips.")
+    if task["kind"] == "events" and (said := _decided(content)):
+        found.append(said)
     if content["bad_clips"]:
         names = ", ".join(list(content["bad_clips"])[:5])
         found.append(f"{len(content['bad_clips'])} clips could not be used and are left out: {names}.")
     if task["published"]:
         found.append("Published: " + ", ".join(f"{name} {score}" for name, score in task["published"].items()) + ".")
     return found
+
+
+def _decided(content: dict[str, Any]) -> str:
+    """Say from which probability on something is heard, which is not the same in all tables of events."""
+    of_folds = [one["thresholds"] for row in content["rows"] for one in row.get("chosen", ()) if "thresholds" in one]
+    if not of_folds:
+        return ""
+    fixed = [one for one in of_folds if not isinstance(one, list)]
+    if not fixed:
+        return "Thresholds per class, for the highest F1 of moments of validation clips."
+    many = "" if len(fixed) == len(of_folds) else f" in {len(fixed)} of {len(of_folds)} fits"
+    why = ", as there are no clips to tune it on" if content["config"]["probe"]["thresholds"] == "validation" else ""
+    return f"Something is heard from a probability of {fixed[0]:g} on{many}{why}."
 
 
 def show(content: dict[str, Any], folder: Path) -> None:

@@ -43,6 +43,7 @@ class Settings:
     aggregate: Literal["embeddings", "predictions"]
     padding: Literal["model", "none"] | None
     held_out: float
+    thresholds: float | Literal["validation"]
     num_resamples: int
     with_cost: bool
     batch_size: int
@@ -63,6 +64,8 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     """
     begin, folder = time.perf_counter(), Path(config["run_dir"])
     settings = Settings(**config["probe"])
+    if settings.thresholds != "validation" and not 0 < settings.thresholds < 1:
+        raise UserError(f"probe.thresholds={settings.thresholds}: a probability above 0 and below 1, or validation")
     heads = heads_of(settings.heads, config["heads"])
     results.refuse_other(folder, config)
     task = load_task(**config["task"])
@@ -141,7 +144,8 @@ def _reading(settings: Settings, role: str) -> Reading:
     layers, pooling = settings.layers, settings.pooling
     if role == "log-mel":
         layers, pooling = "last", "max" if pooling == "max" else "mean"
-    return Reading(layers=layers, pooling=pooling, aggregate=settings.aggregate, held_out=settings.held_out)
+    how = dict(aggregate=settings.aggregate, held_out=settings.held_out, thresholds=settings.thresholds)
+    return Reading(layers=layers, pooling=pooling, **how)
 
 
 def inits_of(init: str | list[str], baselines: Sequence[str]) -> list[tuple[str, str | list[str]]]:

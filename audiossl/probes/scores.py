@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from audiossl.tasks import Task
 
 
+MEDIAN_FRAMES = 7  # of the filter that frame scores of events pass
+
+
 @dataclass(frozen=True)
 class Tested:
     """Hold the probabilities of one fold and seed: (test, C) of clips, or a list of (frames, C) for events."""
@@ -32,7 +35,7 @@ class Tested:
     probabilities: NDArray[np.float64] | list[NDArray[np.float64]]
     frame_seconds: float | None = None
     thresholds: float | NDArray[np.float64] = 0.5
-    median_frames: int = 7
+    median_frames: int = MEDIAN_FRAMES
     bad_clips: Mapping[str, str] = field(default_factory=dict)  # keys of those that could not be read, and why
 
 
@@ -65,7 +68,7 @@ def _of_clips(task: Task, one: Tested) -> dict[str, float]:
     known = None if task.known is None else task.known[one.clips]
     probabilities = np.clip(one.probabilities, 0, 1)
     how = dict(are_logits=False, thresholds=one.thresholds)
-    return clip_scores(task.kind, probabilities, task.targets[one.clips], known, **how)
+    return clip_scores(task.kind, probabilities, task.targets_of(one.clips), known, **how)
 
 
 def _of_events(task: Task, one: Tested, num_resamples: int) -> dict[str, float]:
@@ -96,7 +99,7 @@ def interval(task: Task, tested: Sequence[Tested], num_resamples: int) -> tuple[
 
 
 def _statistic(task: Task, one: Tested) -> bootstrap.Statistic:
-    targets = task.targets[one.clips]
+    targets = task.targets_of(one.clips)
     known = np.ones_like(targets, bool) if task.known is None else task.known[one.clips]
     probabilities = np.clip(one.probabilities, 0, 1)
     if task.metric == "accuracy":
@@ -113,7 +116,7 @@ def _statistic(task: Task, one: Tested) -> bootstrap.Statistic:
 
 def confusion(task: Task, tested: Sequence[Tested]) -> NDArray[np.float64]:
     """Add up the confusion matrices of all folds, averaged over seeds: (C, C), true classes along the rows."""
-    total = sum(confusion_matrix(one.probabilities, task.targets[one.clips]).astype(float) for one in tested)
+    total = sum(confusion_matrix(one.probabilities, task.targets_of(one.clips)).astype(float) for one in tested)
     return total / len({one.seed for one in tested})
 
 
@@ -124,7 +127,7 @@ def per_class(
     found = []
     for one in tested:
         known = None if task.known is None else task.known[one.clips]
-        found.append(getattr(score_classes(one.probabilities, task.targets[one.clips], known), of))
+        found.append(getattr(score_classes(one.probabilities, task.targets_of(one.clips), known), of))
     there = np.isfinite(found)
     return np.where(there.any(0), np.where(there, found, 0).sum(0) / there.sum(0).clip(min=1), np.nan)
 

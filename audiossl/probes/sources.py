@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from audiossl.encoder import init_truncated_normal
 from audiossl.errors import UserError
 from audiossl.features.levels import free_length
+from audiossl.features.statistics import logmel_statistics
 from audiossl.features.windows import Layout, Piece, speaks_for, valid_frames, windows_for
 from audiossl.pretrained import PretrainedEncoder
-from audiossl.probing import logmel_statistics
 from audiossl.sound.frontend import FrontEnd
 from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.reading import newest_checkpoint
@@ -80,7 +80,9 @@ class EncoderSource(nn.Module):
     def __init__(self, model: PretrainedEncoder, name: str, padding: Padding = "model"):
         super().__init__()
         if padding == "none":
-            model = PretrainedEncoder(model.encoder, free_length(model.frontend), model.head, model.description)
+            model = PretrainedEncoder(
+                model.encoder, free_length(model.frontend), model.head, model.description, model.attention
+            )
         self.model, self.name = model.eval().requires_grad_(False), name
         encoder, frontend = model.encoder, model.frontend
         self.rate_hz, self.width, self.num_layers = model.rate_hz, model.width, len(encoder.blocks)

@@ -1,8 +1,9 @@
 """How well does a method that learns from labels know the classes, while it trains and in the end?
 
 During every validation the logits of all clips of all ranks are kept and scored at once, since neither average
-precision nor AUC is a mean over batches. A method takes part by `logits(batch) -> (B, C)`, of a prepared batch and in
-eval mode; other sets of weights, such as an average over training, are scored beside its own.
+precision nor AUC is a mean over batches; those of too many moments are counted, rounded (`scoring.tally`). A method
+takes part by `logits(batch) -> (B, C)`, of a prepared batch and in eval mode; other sets of weights, such as an average
+over training, are scored beside its own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from audiossl.batch import Batch
 from audiossl.embeddings import evaluating
-from audiossl.metrics import Scores, d_prime, score_classes
+from audiossl.metrics import Scores, d_prime
 from audiossl.running.ranks import Ranks
+from audiossl.scoring.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,7 @@ class ClassScores(Callback):
         self.vocabulary, self.folder, self.others = vocabulary, Path(folder), others
         self.step, self.unit = -1, "clips"
         self.scores: dict[str, Scores] = {}
-        self._targets: list[Tensor] = []
-        self._logits: dict[str, list[Tensor]] = {}
+        self._tallies: dict[str, Tally] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.ranks = Ranks()
@@ -136,7 +137,8 @@ class ClassScores(Callback):
         own = self.scores[""]
         about = {"step": self.step, self.unit: own.num_clips, "classes": len(self.vocabulary)}
         numbers = {name: value if math.isfinite(value) else None for name, value in named(self.scores).items()}
-        return {"scores": numbers, "validation": about | {"classes_without_a_clip": own.num_absent}}
+        about |= {"classes_without_a_clip": own.num_absent, "exact": own.is_exact}
+        return {"scores": numbers, "validation": about}
 
     def table(self) -> Table:
         """Show the best and the worst classes by AP, all of them where they are few."""
@@ -145,6 +147,7 @@ class ClassScores(Callback):
         cut = NUM_SHOWN if len(ranked) > 2 * NUM_SHOWN else len(ranked)
         title = [f"{own.num_clips} validation {self.unit}, {len(ranked)} classes"]
         title += [f"{own.num_absent} more have no {self.unit.removesuffix('s')}"] if own.num_absent else []
+        title += [] if own.is_exact else ["scores rounded to float16, to be counted: they are too many to keep"]
         for name, found in self.scores.items():
             what = f"mAP {found.mean_average_precision:.3f}, AUC {found.mean_auc:.3f}, d' {found.d_prime:.2f}"
             title.append(f"{name}: {what}" if name else what)
@@ -167,38 +170,28 @@ class ClassScores(Callback):
 
     def _begin(self, module: pl.LightningModule) -> None:
         self._modules = {"": module.method, **self.others()}
-        self._targets, self._logits, self._num_clips = [], {name: [] for name in self._modules}, 0
+        self._tallies, self._num_clips = {name: Tally(len(self.vocabulary)) for name in self._modules}, 0
 
     def _collect(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> None:
         if not len(batch):  # a rank may have none of the last clips
             return
         prepared = module.prepare(batch)
         self._num_clips += len(batch)
-        for number, (name, scored) in enumerate(self._modules.items()):
+        for name, scored in self._modules.items():
             with trainer.precision_plugin.forward_context():
                 logits, targets = logits_and_targets(scored.to(module.device), prepared)
-            self._logits[name].append(logits)
-            if number == 0:
-                self._targets.append(targets)
+            self._tallies[name].add(logits.cpu().numpy(), targets.float().cpu().numpy())
 
     def _score(self, trainer: pl.Trainer) -> None:
         """Join the ranks' clips and score them on the first rank, for all of them."""
-        none = torch.zeros(0, len(self.vocabulary))
-        targets = torch.cat([none, *(target.float().cpu() for target in self._targets)]).numpy()
-        logits = {
-            name: torch.cat([none, *(part.cpu() for part in parts)]).numpy() for name, parts in self._logits.items()
-        }
-        self._targets, self._logits = [], {}
-        everyone = self.ranks.gather((targets, logits, self._num_clips))
-        scores = None
+        scores, num_clips = None, sum(self.ranks.gather(self._num_clips))
+        for tally in self._tallies.values():
+            tally.join(self.ranks)
         if trainer.is_global_zero:
-            targets = np.concatenate([targets for targets, *_ in everyone])
-            joined = {name: np.concatenate([own[name] for _, own, _ in everyone]) for name in logits}
-            is_known = ~np.isnan(targets)
-            known = None if is_known.all() else is_known
-            scores = {name: score_classes(values, targets, known) for name, values in joined.items()}
+            scores = {name: tally.scores() for name, tally in self._tallies.items()}
+        self._tallies = {}
         self.scores = self.ranks.gather(scores)[0]
-        self.unit = "clips" if self.scores[""].num_clips == sum(count for *_, count in everyone) else "moments"
+        self.unit = "clips" if self.scores[""].num_clips == num_clips else "moments"
         self.step = trainer.global_step
 
     def _write(self, path: Path) -> None:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -71,6 +73,14 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(reduced, group=self._group)
         return (reduced / self.size).tolist()
+
+    def total(self, values: NDArray) -> NDArray:
+        """Add up the arrays of all ranks, number by number."""
+        if self.size == 1:
+            return values
+        reduced = torch.from_numpy(np.ascontiguousarray(values))
+        dist.all_reduce(reduced, group=self._group)
+        return reduced.numpy()
 
     def gather(self, value: Any) -> list[Any]:
         """Give the `value` of every rank, in order of rank."""

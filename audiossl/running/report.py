@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from audiossl.plots import loss_figure
-from audiossl.probing import ProbeCallback
+from audiossl.probes.intraining import ProbeCallback
 from audiossl.reconstruct import write_reconstructions
 from audiossl.running.classscores import ClassScores
 from audiossl.weights.export import export_encoder

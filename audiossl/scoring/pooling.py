@@ -73,16 +73,41 @@ def class_attention(logits: Tensor) -> Tensor:
 
 
 class AttentionWeights(nn.Module):
-    """Learn `class_attention` from features (B, T', D): weights (B, T', C). It begins close to an average."""
+    """Learn `class_attention` from features (B, T', D): weights (B, T', C). It begins close to an average.
+
+    `.geometry` rebuilds an equal one: `AttentionWeights(**attention.geometry)`.
+    """
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
+        self.geometry = dict(width=width, num_classes=num_classes)
         self.linear = nn.Linear(width, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return class_attention(self.linear(features))
+
+
+def pool_moments(
+    pooling: WeakPooling,
+    probabilities: Tensor,
+    num_frames: Tensor,
+    stride: int,
+    *,
+    features: Tensor,
+    attention: AttentionWeights | None,
+) -> Tensor:
+    """Pool the probabilities of columns of patches, `stride` frames apart, that begin in a clip's audio: (B, C).
+
+    `num_frames` (B,) is how much of each clip is audio; `features` (B, T', D) are what an `attention` weighs by. `none`
+    takes the highest.
+    """
+    starts = torch.arange(probabilities.shape[1], device=probabilities.device) * stride
+    valid = starts < num_frames.clamp(min=1).to(starts.device)[:, None]
+    if attention is not None:
+        return attention_pool(probabilities, attention(features), valid)
+    return POOLINGS["max" if pooling == "none" else pooling](probabilities, valid)
 
 
 def _inside(frames: Tensor, valid: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ that their scores are too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from audiossl.pretrained import PretrainedEncoder
 from audiossl.probes.scores import Tested
 from audiossl.running.build import method_from_config
 from audiossl.scoring.events import raster, smooth
-from audiossl.scoring.thresholds import best_thresholds
+from audiossl.scoring.tally import Tally
 from audiossl.tasks import Task
 from audiossl.tuning.start import check_classes
-from audiossl.tuning.testing import Testing, predict
+from audiossl.tuning.testing import Testing, predict, predicted
 from audiossl.tuning.writing import write_tested
 from audiossl.weights.export import export_encoder, read_export
+
+log = logging.getLogger(__name__)
 
 NOTHING_HIDDEN = dict.fromkeys(
     ("mask_ratio_time", "mask_ratio_frequency", "patchout_time", "patchout_frequency", "patchout_random"), 0
@@ -88,6 +91,8 @@ def classifier_of(
     method = method_from_config({"model": settings, "frontend": {}}, frontend=model.frontend, vocabulary=names)
     method.encoder.load_state_dict(model.encoder.state_dict())
     method.head.load_state_dict(model.head.state_dict())
+    if method.attention is not None:
+        method.attention.load_state_dict(model.attention.state_dict())
     decided = np.asarray((model.description.get("decisions") or {}).get("thresholds", 0.5), np.float64)
     return method.eval(), places, np.broadcast_to(decided, (head["num_classes"],))[places]
 
@@ -96,10 +101,10 @@ def _weak_pooling(config: dict[str, Any], model: PretrainedEncoder, task: Task) 
     """Choose how moments are pooled for a task of clips: as asked for, else as they were in training."""
     if task.kind == "events":
         return "none"
-    asked, own = config["model"]["weak_pooling"], model.description.get("weak_pooling", "none")
+    asked, own = config["model"]["weak_pooling"], model.weak_pooling
     chosen = own if asked == "none" else asked
-    if chosen in ("none", "attention"):
-        why = "its classifier scores moments" if chosen == "none" else "an export does not hold the attention"
+    if chosen == "none" or (chosen == "attention" and model.attention is None):
+        why = "its classifier scores moments" if chosen == "none" else "it holds no attention over its moments"
         raise UserError(
             f"init={config['init']}: {why}, and task={task.name} has labels of clips; say how they are pooled, with "
             "model.weak_pooling=max, average, linear_softmax or exponential_softmax"
@@ -145,8 +150,8 @@ def judge_fold(
     if task.kind == "events":
         validation = np.array([clip for clip in validation if task.events[clip] is not None], np.int64)
     if testing.thresholds == "validation" and len(validation) and task.kind != "multiclass":
-        clips, probabilities, _ = scored(validation, f"thresholds{name}")
-        thresholds = _thresholds(task, clips, probabilities, step, testing.median_frames)
+        heard = predicted(method, task, validation, testing, {}, what=f"thresholds{name}", **how)
+        thresholds = _thresholds(task, heard, places, step, testing.median_frames)
     clips, probabilities, bad = scored(division.test, f"test{name}")
     about = dict(frame_seconds=step, thresholds=thresholds, median_frames=testing.median_frames)
     tested = Tested(division.name, seed, clips, probabilities, **about, bad_clips=bad)
@@ -168,18 +173,32 @@ def _probabilities(logits: list[NDArray], task: Task) -> Any:
 
 
 def _thresholds(
-    task: Task, clips: NDArray, probabilities: Any, step: float | None, median_frames: int
+    task: Task,
+    heard: Iterable[tuple[int, NDArray[np.float32]]],
+    places: list[int] | None,
+    step: float | None,
+    median_frames: int,
 ) -> NDArray[np.float64]:
-    """Tune a threshold per class on the validation clips, for the highest F1: of clips, or of smoothed moments."""
-    if task.kind != "events":
-        return best_thresholds(probabilities, task.targets[clips], None if task.known is None else task.known[clips])
-    targets = [
-        raster(task.events[clip], num_frames=len(one), frame_seconds=step, num_classes=len(task.classes))
-        for clip, one in zip(clips.tolist(), probabilities, strict=True)
-    ]
-    return best_thresholds(
-        np.concatenate([smooth(one, median_frames) for one in probabilities]), np.concatenate(targets)
-    )
+    """Tune a threshold per class on validation clips, for the highest F1: of clips, or of smoothed moments.
+
+    Moments are not kept where they are too many (`scoring.tally`): thresholds then are those of rounded logits.
+    """
+    tally, num_clips = Tally(len(task.classes)), 0
+    for clip, logits in heard:
+        logits, num_clips = logits if places is None else logits[..., places], num_clips + 1
+        if task.kind == "events":
+            there = raster(task.events[clip], num_frames=len(logits), frame_seconds=step, num_classes=len(task.classes))
+            tally.add(smooth(logits, median_frames), there)
+        else:
+            target = task.targets_of(np.array([clip]))
+            tally.add(logits[None], target if task.known is None else np.where(task.known[clip], target, np.nan))
+    if not num_clips:
+        raise UserError(f"task={task.name}: none of the clips to validate on could be read, and they decide thresholds")
+    if not tally.is_exact:
+        log.warning(
+            "thresholds are tuned on logits rounded to float16: %d moments are too many to keep", tally.num_rows
+        )
+    return tally.thresholds()
 
 
 def _export(method: FineTuning, folder: Path, tested: Tested) -> None:

@@ -31,7 +31,7 @@ from audiossl.tuning.start import start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
 from audiossl.tuning.writing import read_tested, write_run
-from audiossl.weights.export import load_encoder, read_export
+from audiossl.weights.export import load_encoder, parts_of, read_export
 
 log = logging.getLogger(__name__)
 
@@ -123,15 +123,14 @@ def _trained(
             task.shards_of(division, index)
     engine = _engine_config(config, model, start, index, folder, seed, has_validation=len(division.validation) > 0)
     engine["checkpoint"]["metric"] = _metric(config, task, has_validation=len(division.validation) > 0)
-    keys = dict(zip(task.keys, range(len(task)), strict=True))
 
     def prepare(method: FineTuning) -> None:
         if task.kind == "events":
-            events = {key: task.events[clip] for key, clip in keys.items() if task.events[clip] is not None}
+            events = {key: own for key, own in zip(task.keys, task.events, strict=True) if own is not None}
             method.relabel = EventTargets(events, num_classes=len(task.classes))
         elif task.known is not None:
-            judged = np.where(task.known, task.targets, np.nan).astype(np.float32)
-            method.relabel = ClipTargets({key: torch.from_numpy(judged[clip]) for key, clip in keys.items()})
+            judged = torch.from_numpy(np.where(task.known, task.targets, np.nan).astype(np.float32))
+            method.relabel = ClipTargets(dict(zip(task.keys, judged, strict=True)))
 
     name = f"{division.name}, " if division.name else ""
     log.info("%s%d clips to train on, %d to validate, %d to test, %d classes", name, len(division.train),
@@ -211,8 +210,9 @@ def _chosen(folder: Path, weights: str, metric: str) -> FineTuning:
         if not average.exists():
             raise UserError("test.weights=swa: nothing was averaged; set swa.start")
         _, tensors = read_export(average)
-        method.encoder.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("head.")})
-        method.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+        for name, own in parts_of(tensors).items():
+            if own:
+                getattr(method, name).load_state_dict(own)
     return method
 
 

@@ -56,7 +56,7 @@ def write_start(config: Mapping[str, Any], path: Path, seed: int, *, clip_second
         positions = kept_positions(model, asked["seconds"])
     given = {name: value for name, value in asked.items() if value is not None}
     model = _fitted(model, given, positions, chunked=chunked) if given else model
-    write_export(model.encoder, model.head, model.description, path)
+    write_export(model.encoder, model.head, model.description, path, attention=model.attention)
 
 
 def length_for(model: PretrainedEncoder, clip_seconds: float, *, chunked: bool = False) -> float | None:
@@ -138,7 +138,8 @@ def _fitted(
     about = {"geometry": found.geometry, "frontend": found.frontend, "frontend_hash": hash_of(found.frontend)}
     if model.head is not None and "seconds" in given:
         log.warning("frontend.seconds=%s: the classifier was trained on clips of another length", given["seconds"])
-    return PretrainedEncoder(encoder, instantiate(found.frontend), model.head, model.description | about).eval()
+    parts = encoder, instantiate(found.frontend), model.head, model.description | about, model.attention
+    return PretrainedEncoder(*parts).eval()
 
 
 def check_classes(model: PretrainedEncoder, classes: list[str], init: str) -> list[int]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -57,40 +57,55 @@ class Testing:
             raise UserError(f"test.thresholds={self.thresholds}: a probability above 0 and below 1, or validation")
 
 
-@torch.no_grad()
 def predict(
+    method: FineTuning, task: Task, clips: NDArray[np.int64], settings: Testing, **how: Any
+) -> tuple[list[NDArray[np.float32]], dict[int, str]]:
+    """Score clips as `predicted` does, all at once: the logits of those that could be read, and why others could not.
+
+    Clips are in the order of `clips`.
+    """
+    bad: dict[int, str] = {}
+    return [logits for _, logits in predicted(method, task, clips, settings, bad, **how)], bad
+
+
+@torch.no_grad()
+def predicted(
     method: FineTuning,
     task: Task,
     clips: NDArray[np.int64],
     settings: Testing,
+    bad: dict[int, str],
     *,
     is_windowed: bool,
     padding: Literal["zeros", "cyclic"],
     of_moments: bool,
     what: str,
     snr_db: float | None = None,
-) -> tuple[list[NDArray[np.float32]], dict[int, str]]:
-    """Score clips: logits (C,) each, or (T', C) `of_moments`; and why some could not be read.
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Score clips one by one: logits (C,) each, or (T', C) `of_moments`; those that cannot be read go into `bad`.
 
     `is_windowed`: clips longer than the model listens at once are heard in windows, else whole. `what` stands at the
     progress bar. With `snr_db` white noise of so much less power than the clip is added, the same in every call.
     """
     length = method.frontend.samples_for(method.frames) if is_windowed else None
-    bad: dict[int, str] = {}
-    found: dict[int, list[tuple[Piece, Tensor]]] = {clip: [] for clip in clips.tolist()}
+    found: dict[int, list[tuple[Piece, Tensor]]] = {}
     device = next(method.parameters()).device
     with evaluating(method), tqdm(total=len(clips), unit="clip", desc=what, leave=False) as bar:
         heard = _heard(method, task, clips.tolist(), settings, is_windowed, bad, snr_db, bar)
         while windows := list(islice(heard, settings.batch_size)):
+            for window in windows:
+                found.setdefault(window.clip, [])
             for group in _alike(windows):
                 batch = _batch(group, length, padding, device)
                 logits = (method.logits if of_moments else method.clip_logits)(batch).float().cpu()
                 for window, one in zip(group, logits, strict=True):
                     found[window.clip].append((window, one))
+            for clip in list(found)[:-1]:  # the last may have further windows
+                yield clip, _joined(method, found.pop(clip), padding, length)
+        for clip, parts in found.items():
+            yield clip, _joined(method, parts, padding, length)
     for clip, reason in bad.items():
         log.warning("clip %s is left out: %s", task.keys[clip], reason)
-    scores = [_joined(method, found[clip], padding, length) for clip in clips.tolist() if clip not in bad]
-    return scores, bad
 
 
 def _heard(

@@ -194,7 +194,7 @@ def _write_classes(task: Task, tested: Sequence[Tested], path: Path) -> None:
 def _holding(task: Task, tested: Sequence[Tested]) -> NDArray[np.float32]:
     """Count the test clips that are known to hold each class: (C,)."""
     clips = np.unique(np.concatenate([one.clips for one in tested]))
-    return (task.targets[clips] if task.known is None else task.targets[clips] * task.known[clips]).sum(0)
+    return (task.targets_of(clips) if task.known is None else task.targets_of(clips) * task.known[clips]).sum(0)
 
 
 def _noise_figure(results: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is left of a run for everyone else: the encoder, its front end, its head if it has one, and nothing to guess.
 
-`encoder.safetensors` holds the tensors (no pickle), a head's under `head.*`; its header holds the description: how
+`encoder.safetensors` holds the tensors (no pickle), a head's under `head.*`, those that weigh its moments under
+`attention.*`; its header holds the description: how
 encoder, front end and head are rebuilt, on what they were trained, by which code, under which licence. `encoder.json`
 beside it is the same text for readers.
 """
@@ -24,6 +25,7 @@ from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.pretrained import PretrainedEncoder
+from audiossl.scoring.pooling import AttentionWeights
 from audiossl.sound.frontend import FrontEnd
 from audiossl.version import __version__
 
@@ -62,7 +64,8 @@ def export_encoder(
         "provenance": provenance,
     }
     description |= getattr(method, "listening", {}) | (extra or {})
-    write_export(method.encoder, head, description, path)
+    attention = None if head is None else getattr(method, "attention", None)
+    write_export(method.encoder, head, description, path, attention=attention)
 
 
 def describe(
@@ -84,12 +87,19 @@ def hash_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_export(encoder: Encoder, head: LinearHead | None, description: dict[str, Any], path: Path) -> None:
+def write_export(
+    encoder: Encoder, head: LinearHead | None, description: dict[str, Any], path: Path, *,
+    attention: AttentionWeights | None = None,
+) -> None:  # fmt: skip
     """Write tensors and description to `path` (.safetensors), and the description to the .json beside it, atomically.
 
     Readable by whom the user's umask lets.
     """
-    weights = encoder.state_dict() | ({f"head.{k}": v for k, v in head.state_dict().items()} if head else {})
+    weights, parts = encoder.state_dict(), {"head": head, "attention": attention}
+    for name, part in parts.items():
+        weights |= {} if part is None else {f"{name}.{key}": value for key, value in part.state_dict().items()}
+    description = {key: value for key, value in description.items() if key != "attention"}
+    description |= {} if attention is None else {"attention": attention.geometry}
     text = json.dumps(description, indent=2)
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     for target, content in (
@@ -113,13 +123,23 @@ def load_encoder(path: str | Path) -> PretrainedEncoder:
     try:
         encoder, frontend = Encoder(**description["geometry"]), instantiate(description["frontend"])
         head = LinearHead(**description["head"]) if description.get("head") else None
-        encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
-        if head is not None:
-            head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
+        attention = AttentionWeights(**description["attention"]) if description.get("attention") else None
+        for part, own in zip((encoder, head, attention), parts_of(weights).values(), strict=True):
+            if part is not None:
+                part.load_state_dict(own)
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its tensors and its description do not belong together ({reason})") from error
-    return PretrainedEncoder(encoder, frontend, head, description).eval()
+    return PretrainedEncoder(encoder, frontend, head, description, attention).eval()
+
+
+def parts_of(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tell an export's tensors apart, under the names they have in their own modules: encoder, head, attention."""
+    found: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "attention": {}}
+    for key, value in weights.items():
+        part, _, name = key.partition(".")
+        found[part if part in found else "encoder"][name if part in found else key] = value
+    return found
 
 
 def check_target_of(frontend: dict[str, Any], path: Path) -> None:

@@ -87,7 +87,8 @@ class HubModel(ModelHubMixin, library_name="audiossl", tags=["audio"]):
     def _save_pretrained(self, save_directory: Path) -> None:
         from audiossl.weights.export import write_export
 
-        write_export(self.encoder, self.head, self.description, save_directory / FILES[0])
+        about = self.description, save_directory / FILES[0]
+        write_export(self.encoder, self.head, *about, attention=self.attention)
 
     @classmethod
     def from_pretrained(

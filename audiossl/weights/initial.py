@@ -17,7 +17,7 @@ from audiossl.encoder import Encoder
 from audiossl.errors import UserError
 from audiossl.importing.layouts import checkpoint_of, translate
 from audiossl.parts.positions import AxisPositions, SinCosPositions
-from audiossl.weights.export import read_export, read_safetensors
+from audiossl.weights.export import parts_of, read_export, read_safetensors
 from audiossl.weights.origins import family_of, published_frontend
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
 from audiossl.weights.timm import from_timm, is_image_model
@@ -49,7 +49,7 @@ def encoder_weights(source: str, encoder: Encoder) -> Start:
         if "description" not in header:
             return _from_authors(path, tensors, encoder)
         description, own = read_export(path)
-        own = _fit_positions({k: v for k, v in own.items() if not k.startswith("head.")}, encoder)
+        own = _fit_positions(parts_of(own)["encoder"], encoder)
         return Start(own, f"encoder {path}", description["frontend"], description.get("licence"))
     path = newest_checkpoint(path) if path.is_dir() else path
     content = read_torch_file(path)

@@ -1,6 +1,6 @@
-"""How good are the features of a frozen encoder?
+"""How good are the features of an encoder while it trains, and at its end?
 
-Compute them once per clip, then fit two small heads (`features/heads.py`) and test them on folds that neither the
+Compute them once per clip, then fit two small heads (`heads/accuracy.py`) and test them on folds that neither the
 heads nor, in the demo, pre-training have seen. The statistics of the log-mel itself, put through the same heads, say
 what a score is worth; the same encoder before training says what was learned.
 """
@@ -19,19 +19,11 @@ from torch import Tensor, nn
 
 from audiossl.embeddings import clip_features, windows_of
 from audiossl.errors import UserError
-from audiossl.features.heads import Split, confidence_interval, knn_accuracy, linear_accuracy
+from audiossl.features.statistics import logmel_statistics
+from audiossl.heads.accuracy import confidence_interval, knn_accuracy, linear_accuracy
+from audiossl.heads.examples import Split
 from audiossl.index import Index
 from audiossl.sound.audio import AudioError, decode, resample, to_int16
-
-
-def logmel_statistics(spectrogram: Tensor) -> Tensor:
-    """Describe a clip by mean, deviation, maximum and deviation of the deltas of each mel band: (F, T) -> (4 F,).
-
-    The baseline an encoder has to beat: it knows the colour of a sound and how it moves, and nothing of its shape.
-    """
-    deltas = spectrogram.diff(dim=1) if spectrogram.shape[1] > 1 else torch.zeros_like(spectrogram)
-    moments = [spectrogram.mean(1), spectrogram.std(1, correction=0), spectrogram.amax(1), deltas.std(1, correction=0)]
-    return torch.cat(moments)
 
 
 def clip_statistics(frontend: nn.Module, waveforms: Sequence[NDArray], *, batch_size: int) -> NDArray[np.float32]:

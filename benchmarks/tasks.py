@@ -1,0 +1,105 @@
+"""What does it cost to ask something of two million clips? `python benchmarks/tasks.py [--clips N]`
+
+Writes an index as large as AudioSet's (527 classes, about two labels a clip; no audio), loads it, then loads it as a
+task and writes the index of its training, and prints the seconds and the peak of the process's memory after each.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from audiossl.index import Index
+from audiossl.indexing.indexfile import COLUMNS, FORMAT, RAGGED
+from audiossl.tasks import load_task
+
+ROOT = Path(__file__).parents[1]
+BYTES, SHARD_CLIPS, NUM_CLASSES, NUM_TEST = 200_000, 5_000, 527, 20_000
+
+
+def write_synthetic(folder: Path, num_clips: int, seed: int = 0) -> None:
+    """Write the index of `num_clips` clips that are not there, and shards of the right length, all holes."""
+    draw = np.random.default_rng(seed)
+    of_shard = np.arange(num_clips, dtype=np.int32) // SHARD_CLIPS
+    num_labels = draw.integers(1, 4, num_clips)
+    is_test = np.arange(num_clips) >= num_clips - min(NUM_TEST, num_clips // 4)
+    columns = {
+        "shard": of_shard,
+        "offset": (np.arange(num_clips) % SHARD_CLIPS) * BYTES,
+        "size": np.full(num_clips, BYTES - 512),
+        "num_frames": np.full(num_clips, 320_000),
+        "seconds": np.full(num_clips, 10.0),
+        "rate_hz": np.full(num_clips, 32_000),
+        "channels": np.ones(num_clips),
+        "extension": np.zeros(num_clips),
+        "split": np.where(is_test, 0, 1),
+        "fold": np.full(num_clips, -1),
+        "key_ends": 12 * np.arange(1, num_clips + 1),
+        "label_ends": num_labels.cumsum(),
+        "key_bytes": np.frombuffer(b"".join(b"Y%011d" % clip for clip in range(num_clips)), np.uint8),
+        "label_ids": (np.repeat(draw.integers(0, NUM_CLASSES, num_clips), num_labels)
+                      + np.arange(num_labels.sum()) * 7) % NUM_CLASSES,
+    }  # fmt: skip
+    shards = []
+    for number in range(int(of_shard[-1]) + 1):
+        name, size = f"shard-{number:06d}.tar", SHARD_CLIPS * BYTES
+        with open(folder / name, "wb") as file:
+            file.truncate(size)
+        clips = int((of_shard == number).sum())
+        shards.append({"name": name, "bytes": size, "sha256": f"{number:064x}", "clips": clips})
+    vocabulary = [f"class {number:03d}" for number in range(NUM_CLASSES)]
+    meta = {"format": FORMAT, "shards": shards, "vocabulary": vocabulary, "splits": ["test", "train"]}
+    meta["counts"] = {"clips": num_clips, "seconds": 10.0 * num_clips}
+    arrays = {name: np.ascontiguousarray(columns[name], dtype) for name, dtype in (COLUMNS | RAGGED).items()}
+    save_file(arrays, folder / "index.safetensors", metadata={"audiossl": json.dumps(meta)})
+
+
+def say(what: str, begin: float) -> None:
+    """Print the seconds since `begin`, and the most memory that the process has had so far."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # rusage has the parent's, too
+    peak = int(found[1]) * 1024
+    print(f"{what:40} {time.perf_counter() - begin:7.1f} s   peak {peak / 1e6:8.0f} MB", flush=True)
+
+
+def main() -> None:
+    """Measure once."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=2_000_000)
+    parser.add_argument("--folder", type=Path, help="of an index that was written before (default: writes one)")
+    args = parser.parse_args()
+    if args.folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_synthetic(Path(folder), args.clips)
+            sys.exit(_again(folder, args.clips))
+    begin = time.perf_counter()
+    say("torch and audiossl imported", begin)
+    index = Index.load(args.folder)
+    say(f"index of {len(index):,} clips", begin)
+    settings = yaml.safe_load((ROOT / "conf" / "task" / "folder.yaml").read_text())
+    task = load_task(**settings | {"root": None, "shards": str(args.folder), "kind": "multilabel", "validation": 0.01})
+    say("task", begin)
+    test = task.divisions[0].test
+    targets = task.targets_of(test)
+    say(f"targets of its {len(test):,} test clips ({int(targets.sum()):,})", begin)
+    print(f"  task.hash {task.hash[:16]}")
+    say("hash", begin)
+    written = task.shards_of(task.divisions[0], args.folder / "of_task.safetensors")
+    say(f"index of its training ({written.stat().st_size / 1e6:.0f} MB)", begin)
+
+
+def _again(folder: str, num_clips: int) -> int:
+    """Measure in a process that has not written the index."""
+    import subprocess
+
+    return subprocess.run([sys.executable, __file__, "--clips", str(num_clips), "--folder", folder]).returncode
+
+
+if __name__ == "__main__":
+    main()
