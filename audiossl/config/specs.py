@@ -65,6 +65,7 @@ PRETRAIN = Spec(
     },
     types={
         "trainer.max_steps": "| None",
+        "trainer.num_nodes": "| None",
         "trainer.precision": "| Literal['auto']",
         "probe.shards": "| None",
     },
