@@ -23,6 +23,18 @@ from audiossl.spectrogram import resample, to_float
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
 
 
+def prepare(batch: Batch, frontend: nn.Module, waveform_rate_hz: int) -> Batch:
+    """Turn a loader's int16 at `waveform_rate_hz` into floats at the front end's rate; returns a new batch."""
+    if batch.waveform is None:
+        return batch
+    rate = frontend.rate_hz
+    waveform = resample(to_float(batch.waveform), waveform_rate_hz, rate)
+    samples = batch.num_samples
+    if samples is not None and rate != waveform_rate_hz:
+        samples = torch.ceil(samples.double() * rate / waveform_rate_hz).long().clamp(max=waveform.shape[1])
+    return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
+
+
 class NonFiniteError(RuntimeError):
     """Stop a run whose loss or gradient is NaN or infinite, before the update reaches the weights."""
 
@@ -64,14 +76,7 @@ class Pretraining(pl.LightningModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """Turn the loader's int16 into floats at the front end's rate; returns a new batch."""
-        if batch.waveform is None:
-            return batch
-        rate = self.method.frontend.rate_hz
-        waveform = resample(to_float(batch.waveform), self.waveform_rate_hz, rate)
-        samples = batch.num_samples
-        if samples is not None and rate != self.waveform_rate_hz:
-            samples = torch.ceil(samples.double() * rate / self.waveform_rate_hz).long().clamp(max=waveform.shape[1])
-        return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
+        return prepare(batch, self.method.frontend, self.waveform_rate_hz)
 
     def noise_of(self, step: int, batch: Batch) -> Noise:
         """Give the noise of optimiser step `step` for the rows of one of its micro-batches."""

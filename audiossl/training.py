@@ -68,7 +68,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.total
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
-    optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
+    optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
     module, run_data = _module(config, method, data, optim, max_steps)
@@ -155,7 +155,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r".*LeafSpec.*|.*not resumable.*|.*does not have many workers.*")
 
 
-def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
+def warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
+    """Put the schedule's lengths into steps; raises `UserError` for a warm-up longer than the run."""
     settled = optim.in_steps(steps_per_epoch, max_steps)
     if settled.warmup_steps > max_steps:
         shares = "optim.warmup_ratio=0.1" if optim.ramp_down is None else PASST_SHARES

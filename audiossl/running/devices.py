@@ -33,11 +33,21 @@ class Layout:
         return self.devices * self.num_nodes
 
 
+class NotHereError(UserError):
+    """Report devices that are not here; `layout` is how a cluster would have them, `lack` what this machine has."""
+
+    def __init__(self, message: str, layout: Layout, lack: str):
+        super().__init__(message)
+        self.layout, self.lack = layout, lack
+
+
 def layout_of(trainer: Mapping[str, Any], *, gpus_per_node: int = 8) -> Layout:
     """Plan for this machine and this job; `trainer` is the config's section. Raises `UserError` as `plan` does."""
     accelerator, has_gpu = trainer["accelerator"], torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_gpu and trainer["devices"] in (1, "auto", -1, "-1"):
-        raise UserError(f"trainer.accelerator={accelerator}: no CUDA device is to be seen here; take trainer=cpu")
+        lack = "no CUDA device is to be seen here"
+        message = f"trainer.accelerator={accelerator}: {lack}; take trainer=cpu"
+        raise NotHereError(message, Layout("gpu", 1, 1, ""), lack)
     if accelerator == "auto":
         accelerator = "gpu" if has_gpu else "cpu"
     is_cpu_by_choice = trainer["accelerator"] == "cpu"
@@ -113,8 +123,8 @@ def _check_job(job: Job, devices: int, num_nodes: int | None, gpus_seen: int | N
         return
     if job.gpus_here is not None and job.gpus_here < per_node[0]:
         raise UserError(
-            f"trainer.devices={devices}: {job.name} has {per_node[0]} tasks a node and only {job.gpus_here} of its GPUs; "
-            f"submit it with --gpus-per-node={per_node[0]}"
+            f"trainer.devices={devices}: {job.name} has {per_node[0]} tasks a node and only {job.gpus_here} of its "
+            f"GPUs; submit it with --gpus-per-node={per_node[0]}"
         )
     if gpus_seen < per_node[0]:
         raise UserError(
@@ -140,7 +150,11 @@ def _too_many(
         )
     nodes, per_node = (num_nodes, devices // num_nodes) if num_nodes else split_over_nodes(devices, gpus_per_node)
     asked = f"trainer.devices={devices}" + (f" trainer.num_nodes={num_nodes}" if num_nodes else "")
-    return UserError(
-        f"{asked}: this machine has {has}; take {here} here, or submit {nodes} node{'s' if nodes > 1 else ''} x "
-        f"{per_node}: {sbatch_command(nodes, per_node)}"
+    lack = f"this machine has {has}"
+    message = (
+        f"{asked}: {lack}; take {here} here, or submit {nodes} node{'s' if nodes > 1 else ''} x {per_node}: "
+        f"{sbatch_command(nodes, per_node)}"
     )
+    is_cpu = accelerator == "cpu" and cpu_chosen
+    words = _words(devices, "CPU process" if is_cpu else "GPU", nodes, "")
+    return NotHereError(message, Layout("cpu" if is_cpu else "gpu", per_node, nodes, words), lack)
