@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from audiossl.config.settings import instantiate
+from audiossl.errors import UserError
 from audiossl.optim import OptimSettings
 from audiossl.planning import memory, table
 from audiossl.planning.balance import balance_of
@@ -71,14 +72,14 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
     half = torch.bfloat16 if "16" in precision else None
     frontend = instantiate(config["frontend"])
     labels = needs_labels(config)
-    data = ShardData(**config["data"], default_rate_hz=frontend.rate_hz, run_dir=None, needs_labels=labels)
+    data, problem = _data(config["data"], frontend.rate_hz, labels)
     vocabulary = data.index.vocabulary if labels or takes_classes(config) else None
     torch.manual_seed(config["seed"])
     method = method_from_config(dict(config), frontend=frontend, vocabulary=vocabulary)
     crop = crop_samples(config["data"], method, data.rate_hz)
     samples = -(-crop * frontend.rate_hz // data.rate_hz)
     cost = cost_of(method, samples=samples, num_classes=len(vocabulary) if labels else None, half=half)
-    sizes, run = memory.sizes_of(method), _run(config, data, layout)
+    sizes, run = memory.sizes_of(method), _run(config, data, layout, assume.clips)
     needed = memory.memory_of(
         sizes, cost, batch_size=data.batch_size, devices=layout.total, optim=config["optim"],
         strategy=trainer["strategy"], is_half=half is not None, remembered_bytes=memory.remembered_bytes(method),
@@ -101,7 +102,18 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
     }
     plan["speed"] = _speed(config, method, data, cost, layout, assume, is_here, half, crop, precision)
     plan["time"] = _time(run, plan["speed"], layout)
-    return plan | {"warnings": table.warnings_of(plan)}
+    return plan | {"warnings": problem + table.warnings_of(plan)}
+
+
+def _data(settings: dict[str, Any], rate_hz: int, needs_labels: bool) -> tuple[ShardData, list[str]]:
+    """Open the corpus; one too small to hold clips out, which may stand for another, is planned without."""
+    how = dict(default_rate_hz=rate_hz, run_dir=None, needs_labels=needs_labels)
+    try:
+        return ShardData(**settings, **how), []
+    except UserError as error:
+        if not str(error).startswith("data.validation_clips="):
+            raise
+        return ShardData(**settings | {"validation_clips": 0}, **how), [f"{error}; planned without, and refused later"]
 
 
 def _without_dry_run(overrides: Sequence[str]) -> list[str]:
@@ -124,20 +136,22 @@ def _precision(asked: str, layout: Layout, is_here: bool) -> str:
     return "bf16-mixed" if not is_here or torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def _run(config: Mapping[str, Any], data: ShardData, layout: Layout) -> dict[str, Any]:
+def _run(config: Mapping[str, Any], data: ShardData, layout: Layout, assumed_clips: int | None) -> dict[str, Any]:
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.total
-    steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
-    optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, steps)
+    epoch = assumed_clips or data.clips_per_epoch
+    steps = max_steps_of(config["trainer"], epoch, global_batch)
+    optim = warmed_up(OptimSettings(**config["optim"]), epoch / global_batch, steps)
     return {
         "clips": data.num_clips,
         "hours_of_sound": data.hours,
-        "clips_per_epoch": data.clips_per_epoch,
+        "clips_per_epoch": epoch,
+        "clips_are_assumed": assumed_clips is not None,
         "batch_size": data.batch_size,
         "accumulate": accumulate,
         "global_batch": global_batch,
         "steps": steps,
-        "epochs": steps * global_batch / data.clips_per_epoch,
+        "epochs": steps * global_batch / epoch,
         "peak_lr": optim.peak_lr(global_batch),
         "warmup_steps": optim.warmup_steps,
     }

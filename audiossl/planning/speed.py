@@ -33,6 +33,7 @@ class Assumptions:
     - mfu: the share of that which the model's own operations reach.
     - memory_gb: of a device, in 10^9 bytes.
     - gpus_per_node: of a cluster's nodes.
+    - clips: of an epoch, for a corpus that is not here; null: those of data.shards.
     """
 
     peak_tflops: float
@@ -40,6 +41,7 @@ class Assumptions:
     mfu: float
     memory_gb: float
     gpus_per_node: int
+    clips: int | None
 
     def clips_per_second(self, flops_per_clip: int, precision: str) -> float:
         """Estimate what one device trains on."""

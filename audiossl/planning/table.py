@@ -56,9 +56,10 @@ def _model(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _length(plan: Plan) -> list[tuple[str, str, str]]:
     run, on = plan["run"], plan["devices"]
-    product = f"data.batch_size={run['batch_size']} x {on['total']} devices"
+    product = f"data.batch_size={run['batch_size']} x {on['total']} device{'s' if on['total'] > 1 else ''}"
     product += f" x {run['accumulate']} accumulated" if run["accumulate"] > 1 else ""
-    epochs = f"{run['epochs']:,.1f} epochs of {run['clips_per_epoch']:,} clips ({run['hours_of_sound']:,.1f} h)"
+    epochs = f"{run['epochs']:,.1f} epochs of {run['clips_per_epoch']:,} clips"
+    epochs += " (assume.clips)" if run["clips_are_assumed"] else f" ({run['hours_of_sound']:,.1f} h)"
     rate = f"after {run['warmup_steps']:,.0f} steps of warm-up; by the global batch where optim.base_lr is set"
     return [
         ("global batch", f"{run['global_batch']:,} clips", product),
@@ -104,7 +105,7 @@ def _data(plan: Plan) -> list[tuple[str, str, str]]:
     shares, speed = plan["balance"], plan["speed"]
     (low, high), (few, many) = shares["clips_per_worker"], shares["shards_per_worker"]
     return [
-        ("clips a worker", _span(low, high), f"in the first epoch, {shares['workers']:,} workers in all"),
+        ("clips a worker", _span(low, high), f"in the first epoch; workers in all: {shares['workers']:,}"),
         ("shards a worker", _span(few, many), f"opens of {shares['shards']:,}; clips are dealt out one by one"),
         ("a worker decodes", f"{speed['decoded_by_a_worker']:,.0f} clips/s", "measured here on one core; asked for: "
          f"{speed['asked_of_a_worker']:,.1f}"),
