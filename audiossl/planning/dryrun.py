@@ -98,7 +98,10 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
         "memory": _memory(needed, cost, data.batch_size, layout, is_here, assume),
         "balance": asdict(balance_of(order, data.index.shard[data.clips], **shares)),
         "checkpoint": _checkpoint(config, memory.checkpoint_bytes(method, sizes, config["optim"])),
-        "submit": sbatch_command(layout.num_nodes, layout.devices, program, _without_dry_run(overrides)),
+        "submit": sbatch_command(
+            *(layout.num_nodes, layout.devices, program, _without_dry_run(overrides)),
+            on_gpus=layout.accelerator != "cpu",
+        ),
     }
     plan["speed"] = _speed(config, method, data, cost, layout, assume, is_here, half, crop, precision)
     plan["time"] = _time(run, plan["speed"], layout)
@@ -188,8 +191,9 @@ def _speed(
         each = assume.clips_per_second(cost.flops_training, precision)
     decoded = decoding_rate(data, crop_samples=crop, seed=config["seed"])
     workers = max(data.num_workers, 1)
-    per_device, all_devices = {"per_device": each}, {"clips_per_second": each * layout.total}
-    return all_devices | per_device | how | {"decoded_by_a_worker": decoded, "asked_of_a_worker": each / workers}
+    at_once = layout.total if layout.accelerator != "cpu" else min(layout.total, os.cpu_count() or 1)
+    rates = {"clips_per_second": each * at_once, "per_device": each}
+    return rates | how | {"decoded_by_a_worker": decoded, "asked_of_a_worker": each / workers}
 
 
 def _time(run: Mapping[str, Any], speed: Mapping[str, Any], layout: Layout) -> dict[str, float]:

@@ -117,5 +117,7 @@ def sbatch_command(
     overrides = own_overrides if overrides is None else overrides
     sizes = [f"--nodes={nodes}"]
     if per_node != USUAL_GPUS:
-        sizes += [f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}"]
+        sizes += [f"--ntasks-per-node={per_node}"]
+    if per_node != USUAL_GPUS or not on_gpus:
+        sizes += [f"--gpus-per-node={per_node * on_gpus}"]
     return shlex.join(["sbatch", *sizes, "slurm/run.sbatch", program or own_program, *overrides])

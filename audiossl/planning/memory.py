@@ -1,8 +1,8 @@
 """Does a run fit on a device, and its checkpoints on the disk?
 
-Weights, gradients and optimiser state are counted from the model; ZeRO shares them out (arXiv 1910.02054) by the number of
-devices; what is kept for the backward pass was measured. The allocator's own losses and the kernels' work space come
-on top and are not in it.
+Weights, gradients and optimiser state are counted from the model, and ZeRO (arXiv 1910.02054) shares them out over the
+devices; what is kept for the backward pass was measured. The allocator's own losses and the kernels' work space come on
+top and are not in it.
 """
 
 from __future__ import annotations

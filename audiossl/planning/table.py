@@ -95,7 +95,11 @@ def _speed(plan: Plan) -> list[tuple[str, str, str]]:
         how += "_32)" if "16" not in on["precision"] else ")"
     hours = "GPU-hours" if on["accelerator"] != "cpu" else "core-hours"
     return [
-        ("clips/s", f"{speed['clips_per_second']:,.0f}", how.removesuffix("; ")),
+        (
+            "clips/s",
+            f"{speed['clips_per_second']:,.{0 if speed['clips_per_second'] >= 10 else 1}f}",
+            how.removesuffix("; "),
+        ),
         ("wall time", _duration(time["hours"]), "training alone: no validation, probe or checkpoints"),
         (hours, f"{time['device_hours']:,.1f}" if time["device_hours"] >= 1 else f"{time['device_hours']:.2g}", ""),
     ]
@@ -174,7 +178,7 @@ def _bytes(count: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e3:,.1f} kB" if count else "0"
 
 
 def _span(low: int, high: int) -> str:

@@ -151,10 +151,10 @@ def _too_many(
     nodes, per_node = (num_nodes, devices // num_nodes) if num_nodes else split_over_nodes(devices, gpus_per_node)
     asked = f"trainer.devices={devices}" + (f" trainer.num_nodes={num_nodes}" if num_nodes else "")
     lack = f"this machine has {has}"
+    is_cpu = accelerator == "cpu" and cpu_chosen
     message = (
         f"{asked}: {lack}; take {here} here, or submit {nodes} node{'s' if nodes > 1 else ''} x {per_node}: "
-        f"{sbatch_command(nodes, per_node)}"
+        f"{sbatch_command(nodes, per_node, on_gpus=not is_cpu)}"
     )
-    is_cpu = accelerator == "cpu" and cpu_chosen
     words = _words(devices, "CPU process" if is_cpu else "GPU", nodes, "")
     return NotHereError(message, Layout("cpu" if is_cpu else "gpu", per_node, nodes, words), lack)
