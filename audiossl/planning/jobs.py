@@ -107,7 +107,12 @@ def command_line() -> tuple[str, list[str]]:
 
 
 def sbatch_command(
-    nodes: int, per_node: int, program: str | None = None, overrides: Sequence[str] | None = None
+    nodes: int,
+    per_node: int,
+    program: str | None = None,
+    overrides: Sequence[str] | None = None,
+    *,
+    on_gpus: bool = True,
 ) -> str:
     """Write the command that submits this run on so many nodes; by default with the user's own program and overrides.
 
