@@ -25,6 +25,7 @@ from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ck
 from audiossl.checkpoints.files import step_of
 from audiossl.checkpoints.preemption import Preemption
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
+from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.loading.ledger import Accounts
@@ -67,6 +68,8 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     (prepare or _as_it_is)(method)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.total
+    sizes = {"data.batch_size": data.batch_size, "trainer.accumulate_grad_batches": accumulate}
+    check_global_batch({"global_batch": config.get("global_batch"), "trainer.devices": layout.total, **sizes})
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}

@@ -1,10 +1,16 @@
 """trainer.devices is the number of devices in all."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from audiossl.config.cli import CONF
+from audiossl.config.commands import check_global_batch
 from audiossl.errors import UserError
+from audiossl.optim import OptimSettings
 from audiossl.planning.jobs import job_of, split_over_nodes
 from audiossl.running.devices import plan
+from audiossl.running.rundata import max_steps_of
+from audiossl.training import warmed_up
 
 STEP = {  # what srun gives each of 64 tasks on 8 nodes, without --ntasks-per-node on the command line
     "SLURM_JOB_ID": "17",
@@ -132,3 +138,31 @@ def test_nodes_are_filled_evenly():
     assert [split_over_nodes(n, 8) for n in (1, 6, 8, 12, 64, 7, 11)] == [
         (1, 1), (1, 6), (1, 8), (2, 6), (8, 8), (1, 7), (11, 1),
     ]  # fmt: skip
+
+
+def test_the_recipe_s_global_batch_is_kept_whatever_the_devices():
+    recipe = {"global_batch": 512, "trainer.devices": 64, "data.batch_size": 8, "trainer.accumulate_grad_batches": 1}
+    check_global_batch(recipe)
+    check_global_batch(recipe | {"trainer.devices": 8, "trainer.accumulate_grad_batches": 8})
+    check_global_batch(recipe | {"trainer.devices": 1, "global_batch": None})
+    check_global_batch(recipe | {"trainer.devices": "auto"})  # counted when the run begins
+    with pytest.raises(
+        UserError, match=r"is 64 clips a step; take trainer.accumulate_grad_batches=8 or data.batch_size=64"
+    ):
+        check_global_batch(recipe | {"trainer.devices": 8})
+    with pytest.raises(UserError, match=r"is 40 clips a step; take global_batch=40"):
+        check_global_batch(recipe | {"trainer.devices": 5})
+
+
+def test_the_same_global_batch_has_the_same_schedule_however_it_is_shared():
+    """On 64 devices, 8, or one; in epochs of AudioSet's length, which make the steps and the warm-up."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", ["experiment=audiomae_base_as2m", "data.shards=x", "run_dir=x"])
+    found = set()
+    for devices, batch, accumulate in ((64, 8, 1), (8, 8, 8), (8, 64, 1), (1, 128, 4)):
+        global_batch = devices * batch * accumulate
+        steps = max_steps_of(config.trainer, 1_900_000, global_batch)
+        optim = warmed_up(OptimSettings(**config.optim), 1_900_000 / global_batch, steps)
+        rates = [optim.lr_at(step, global_batch=global_batch, max_steps=steps) for step in (0, 1, 5_000, 20_000, steps)]
+        found.add((steps, optim.warmup_steps, *rates))
+    assert len(found) == 1 and max(found.pop()[2:]) == pytest.approx(4e-4, rel=0.05)

@@ -32,9 +32,9 @@ def with_an_unreadable_shard(folder_shards, folder):
 def test_one_process_two_ranks_and_accumulation_take_the_same_steps_though_a_shard_is_unreadable(
     folder_shards, tmp_path
 ):
-    """Clips, masks, what dropout drops and the mean over all hidden patches are the global batch's: 8, 2 x 4, 2 x 2 x 2.
+    """Clips, masks, dropout and the mean over all hidden patches are the global batch's: 1 x 8, 2 x 4, 2 x 2 x 2.
 
-    So whole batches of a rank may be unreadable. Weights agree to 1e-5 after six steps (of 1e-3 at most each), an epoch
+    So a rank's whole batch may be unreadable. Weights agree to 1e-5 after six steps of a rate up to 3e-4, an epoch
     and a bit.
     """
     shards, readable = with_an_unreadable_shard(folder_shards, tmp_path / "shards")

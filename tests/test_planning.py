@@ -72,7 +72,13 @@ def test_a_run_that_fits_here_is_timed_and_a_sweep_is_added_up(tmp_path, monkeyp
 
 
 def test_what_will_go_wrong_is_said(tmp_path, monkeypatch, capsys):
-    wrong = ["assume.memory_gb=0.02", "data.batch_size=512", "assume.mfu=1", "checkpoint.keep_last=100000000"]
+    wrong = [
+        "assume.memory_gb=0.02",
+        "data.batch_size=512",
+        "global_batch=null",
+        "assume.mfu=1",
+        "checkpoint.keep_last=100000000",
+    ]
     code, _ = run(tmp_path, monkeypatch, *PUBLISHED, *wrong, "dry_run=true")
     said = capsys.readouterr().out
     assert code == 0 and "will hardly fit into 20.0 MB: data.batch_size=" in said

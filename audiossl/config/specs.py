@@ -6,7 +6,7 @@ Nothing is imported here; `settings.check` reads the signatures.
 
 from __future__ import annotations
 
-from audiossl.config.commands import check_finetuning, check_probe
+from audiossl.config.commands import check_finetuning, check_global_batch, check_probe
 from audiossl.config.fields import Spec
 from audiossl.config.rules import check_pretraining
 
@@ -18,6 +18,7 @@ PRETRAIN = Spec(
             "ckpt": "str | None",
             "init": "str | None",
             "init_frontend": "Literal['check', 'ignore']",
+            "global_batch": "int | None",
             "trace": "bool",
             "dry_run": "bool",
             "root": "Any",
@@ -71,6 +72,7 @@ PRETRAIN = Spec(
         "trainer.precision": "| Literal['auto']",
         "probe.shards": "| None",
     },
+    checks=(check_pretraining, check_global_batch),
 )
 
 FINETUNE = Spec(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.optim import OptimSettings
@@ -142,6 +143,8 @@ def _precision(asked: str, layout: Layout, is_here: bool) -> str:
 def _run(config: Mapping[str, Any], data: ShardData, layout: Layout, assumed_clips: int | None) -> dict[str, Any]:
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.total
+    sizes = {"data.batch_size": data.batch_size, "trainer.accumulate_grad_batches": accumulate}
+    check_global_batch({"global_batch": config.get("global_batch"), "trainer.devices": layout.total, **sizes})
     epoch = assumed_clips or data.clips_per_epoch
     steps = max_steps_of(config["trainer"], epoch, global_batch)
     optim = warmed_up(OptimSettings(**config["optim"]), epoch / global_batch, steps)
