@@ -66,10 +66,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     layout = layout_of(config["trainer"], gpus_per_node=config.get("assume", {}).get("gpus_per_node", 8))
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
-    accumulate = config["trainer"]["accumulate_grad_batches"]
-    global_batch = data.batch_size * accumulate * layout.total
-    sizes = {"data.batch_size": data.batch_size, "trainer.accumulate_grad_batches": accumulate}
-    check_global_batch({"global_batch": config.get("global_batch"), "trainer.devices": layout.total, **sizes})
+    global_batch = _global_batch(config, data, layout)
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
@@ -110,6 +107,14 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
 
 def _as_it_is(method: nn.Module) -> None:
     """Change nothing."""
+
+
+def _global_batch(config: dict[str, Any], data: ShardData, layout: Layout) -> int:
+    """Count the clips of an optimiser step on all devices; raises `UserError` where the config asks for others."""
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    sizes = {"data.batch_size": data.batch_size, "trainer.accumulate_grad_batches": accumulate}
+    check_global_batch({"global_batch": config.get("global_batch"), "trainer.devices": layout.total, **sizes})
+    return data.batch_size * accumulate * layout.total
 
 
 def _probe(settings: dict[str, Any] | None) -> ProbeCallback | None:
