@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import take
+from audiossl.parts.droppath import RowDropPath
 from audiossl.parts.positions import build_positions
 from audiossl.patches import PatchEmbed, grid_of
 
@@ -166,7 +167,10 @@ def vit_block(width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0
     if width % num_heads:
         raise UserError(f"a width of {width} does not split into {num_heads} heads: change width or num_heads")
     norm = partial(nn.LayerNorm, eps=1e-6)
-    return Block(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=drop_path, norm_layer=norm)
+    block = Block(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
+    if drop_path:
+        block.drop_path1, block.drop_path2 = RowDropPath(drop_path), RowDropPath(drop_path)
+    return block
 
 
 def init_linear(module: nn.Module) -> None:

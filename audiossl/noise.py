@@ -7,6 +7,9 @@ process with 16 clips and two with 8 see the same masks, and a resumed run sees 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ class Noise:
         self.num_rows = num_rows
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(mix_seed(seed, step))
+        self._inside, self._seed, self._num_inside = torch.Generator(self.device), (seed, step), 0
 
     @classmethod
     def for_batch(cls, seed: int, step: int, batch_size: int, device: torch.device | str = "cpu") -> Noise:
@@ -50,3 +54,34 @@ class Noise:
     def randint(self, high: int) -> int:
         """Draw one integer in [0, high), shared by the global batch."""
         return int(torch.randint(high, (1,), generator=self.generator, device=self.device))
+
+    @contextmanager
+    def of_this_step(self) -> Iterator[None]:
+        """Let layers that are handed no noise draw by the rows of this one: see `draws_of_this_step`."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    def draw_inside(self, count: int) -> Tensor:
+        """Draw float32 in [0, 1) for `count` rows of a layer: those of the batch, once for each of its views.
+
+        Every call has a seed of its own, so that a rank without clips, which draws nothing, stays in step.
+        """
+        self._inside.manual_seed(mix_seed(*self._seed, "inside", self._num_inside))
+        self._num_inside += 1
+        views = count // max(len(self.rows), 1)
+        everyone = torch.rand(views, self.num_rows, generator=self._inside, device=self.device)
+        return everyone[:, self.rows].flatten()
+
+
+_CURRENT: ContextVar[Noise | None] = ContextVar("noise of this step", default=None)
+
+
+def draws_of_this_step(count: int) -> Tensor | None:
+    """Draw for `count` rows of a layer from the step's noise; None outside of a step, or where the rows are others."""
+    noise = _CURRENT.get()
+    if noise is None or (len(noise.rows) and count % len(noise.rows)) or (count and not len(noise.rows)):
+        return None
+    return noise.draw_inside(count)

@@ -23,6 +23,18 @@ from audiossl.spectrogram import resample, to_float
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
 
 
+def prepare(batch: Batch, frontend: nn.Module, waveform_rate_hz: int) -> Batch:
+    """Turn a loader's int16 at `waveform_rate_hz` into floats at the front end's rate; returns a new batch."""
+    if batch.waveform is None:
+        return batch
+    rate = frontend.rate_hz
+    waveform = resample(to_float(batch.waveform), waveform_rate_hz, rate)
+    samples = batch.num_samples
+    if samples is not None and rate != waveform_rate_hz:
+        samples = torch.ceil(samples.double() * rate / waveform_rate_hz).long().clamp(max=waveform.shape[1])
+    return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
+
+
 class NonFiniteError(RuntimeError):
     """Stop a run whose loss or gradient is NaN or infinite, before the update reaches the weights."""
 
@@ -55,6 +67,7 @@ class Pretraining(pl.LightningModule):
         self.step_batches: list[tuple[Batch, Tensor]] = []  # with their losses: what this optimiser step has seen
         self.idle_since = 0.0  # seconds: when the last step's own work, and what callbacks did after it, was over
         self.row: dict[str, Tensor | float] = {}
+        self.excess: Tensor | None = None
         self._window: list[dict[str, Tensor]] = []
 
     @property
@@ -64,14 +77,7 @@ class Pretraining(pl.LightningModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """Turn the loader's int16 into floats at the front end's rate; returns a new batch."""
-        if batch.waveform is None:
-            return batch
-        rate = self.method.frontend.rate_hz
-        waveform = resample(to_float(batch.waveform), self.waveform_rate_hz, rate)
-        samples = batch.num_samples
-        if samples is not None and rate != self.waveform_rate_hz:
-            samples = torch.ceil(samples.double() * rate / self.waveform_rate_hz).long().clamp(max=waveform.shape[1])
-        return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
+        return prepare(batch, self.method.frontend, self.waveform_rate_hz)
 
     def noise_of(self, step: int, batch: Batch) -> Noise:
         """Give the noise of optimiser step `step` for the rows of one of its micro-batches."""
@@ -79,16 +85,20 @@ class Pretraining(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(mix_seed(self.seed, "dropout", step, micro, self.global_rank))
+        torch.manual_seed(mix_seed(self.seed, "dropout", step))  # what it drops is shared by all clips of a step
         noise = self.noise_of(step, batch)
-        output = self.method(self.prepare(batch), generator=noise)
+        with noise.of_this_step():
+            output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []
         self.step_batches.append((batch, output["loss"].detach()))
         self._window.append({k: v.detach() for k, v in output.items()})
+        loss = output["loss"]
+        if "weight" in output and self.trainer.accumulate_grad_batches > 1:
+            loss = loss * (output["weight"] / self._window[0]["weight"].clamp(min=1))  # `excess` is divided out later
         if len(self._window) == self.trainer.accumulate_grad_batches:
             self._log_window()
-        return output["loss"]
+        return loss
 
     def on_train_batch_end(self, *_) -> None:
         self.idle_since = time.perf_counter()
@@ -96,8 +106,19 @@ class Pretraining(pl.LightningModule):
     on_train_start = on_validation_end = on_train_batch_end
 
     def _log_window(self) -> None:
-        """Record the mean of every scalar over the micro-batches of this optimiser step and over the ranks."""
-        means = {k: torch.stack([w[k].float() for w in self._window]).mean() for k in self._window[0]}
+        """Record the mean of every scalar over the micro-batches of this optimiser step and over the ranks.
+
+        Where the method says what a micro-batch weighs, `self.excess` becomes what the gradients are too large by: each
+        was weighed against the first one, since the sum was not known yet.
+        """
+        weights = None
+        if len(self._window) > 1 and "weight" in self._window[0]:
+            weights = torch.stack([w["weight"] for w in self._window])
+            self.excess = weights.mean() / weights[0].clamp(min=1)
+            weights = weights / weights.sum().clamp(min=1)
+        names = [name for name in self._window[0] if name != "weight"]
+        stacks = {name: torch.stack([w[name].float() for w in self._window]) for name in names}
+        means = {name: x.mean() if weights is None else (x * weights).sum() for name, x in stacks.items()}
         self._window.clear()
         self.row = {}
         self.record({k: self.trainer.strategy.reduce(v, reduce_op="mean") for k, v in means.items()})
@@ -156,6 +177,8 @@ class Pretraining(pl.LightningModule):
         Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
         """
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        if self.excess is not None and gradients:
+            torch._foreach_div_(gradients, self.excess.to(gradients[0].device))
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = float(self.row["loss"])
         if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):

@@ -25,6 +25,7 @@ from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ck
 from audiossl.checkpoints.files import step_of
 from audiossl.checkpoints.preemption import Preemption
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
+from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.loading.ledger import Accounts
@@ -38,7 +39,7 @@ from audiossl.running.averaging import Averaging
 from audiossl.running.build import check_same_run, method_from_config, needs_labels, start_from, takes_classes
 from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.running.classscores import score_classes_of
-from audiossl.running.devices import Layout, plan
+from audiossl.running.devices import Layout, layout_of
 from audiossl.running.loggers import MetricsCsv, build_loggers
 from audiossl.running.provenance import provenance_of
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
@@ -62,13 +63,12 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     _quieten()
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
-    layout = _layout(config["trainer"])
+    layout = layout_of(config["trainer"], gpus_per_node=config.get("assume", {}).get("gpus_per_node", 8))
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
-    accumulate = config["trainer"]["accumulate_grad_batches"]
-    global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
+    global_batch = _global_batch(config, data, layout)
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
-    optim = _warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
+    optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
     ckpt = _start(config, method, run_dir, provenance)
     module, run_data = _module(config, method, data, optim, max_steps)
@@ -107,6 +107,14 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
 
 def _as_it_is(method: nn.Module) -> None:
     """Change nothing."""
+
+
+def _global_batch(config: dict[str, Any], data: ShardData, layout: Layout) -> int:
+    """Count the clips of an optimiser step on all devices; raises `UserError` where the config asks for others."""
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    sizes = {"data.batch_size": data.batch_size, "trainer.accumulate_grad_batches": accumulate}
+    check_global_batch({"global_batch": config.get("global_batch"), "trainer.devices": layout.total, **sizes})
+    return data.batch_size * accumulate * layout.total
 
 
 def _probe(settings: dict[str, Any] | None) -> ProbeCallback | None:
@@ -155,17 +163,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r".*LeafSpec.*|.*not resumable.*|.*does not have many workers.*")
 
 
-def _layout(trainer: dict[str, Any]) -> Layout:
-    accelerator = trainer["accelerator"]
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"trainer.accelerator={accelerator}: no CUDA device is to be seen here; take trainer=cpu")
-    available = torch.cuda.device_count() if accelerator != "cpu" else (os.cpu_count() or 1)
-    return plan(accelerator, trainer["devices"], trainer["num_nodes"], available=available)
-
-
-def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
+def warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> OptimSettings:
+    """Put the schedule's lengths into steps; raises `UserError` for a warm-up longer than the run."""
     settled = optim.in_steps(steps_per_epoch, max_steps)
     if settled.warmup_steps > max_steps:
         shares = "optim.warmup_ratio=0.1" if optim.ramp_down is None else PASST_SHARES
@@ -207,7 +206,7 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
         settings.pop(ours)
     strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]
     if strategy == "auto":
-        strategy = "ddp" if layout.devices * layout.num_nodes > 1 else "auto"
+        strategy = "ddp" if layout.total > 1 else "auto"
     if precision == "auto":
         has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if has_bf16 else "32-true"

@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from audiossl.noise import Noise
 
-ROWS = {"atst_clip": ([0, 1, 3], []), "atst_frame": ([0, 2, 3], [1]), "atst_c2f": ([1, 2], [])}
-QUIET = {"atst_clip": dict(mixup_ratio=0.0), "atst_frame": dict(mixup_ratio=0.0), "atst_c2f": {}}
+ROWS = {"audiomae": ([0, 1, 3], [2]), "passt": ([], [0, 2, 3])}
+ROWS |= {"atst_clip": ([0, 1, 3], []), "atst_frame": ([0, 2, 3], [1]), "atst_c2f": ([1, 2], [])}
+QUIET = {"atst_clip": dict(mixup_ratio=0.0), "atst_frame": dict(mixup_ratio=0.0), "atst_c2f": {}, "audiomae": {}}
+QUIET |= {"passt": dict(waveform_mixup=0.0, spectrogram_mixup_alpha=None)}
 
 
 def gradients(name: str, rows: list[int], clips: torch.Tensor, *, wrapped: bool) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
-from audiossl.config.settings import check, mask
+from audiossl.config.settings import check, mask, plain_config
 from audiossl.errors import UserError
 
 Run = Callable[[DictConfig], int | None]
@@ -67,12 +68,15 @@ def launch(
     argv = argv[:1] + sorted(argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # wherever it stands
     program = Path(argv[0]).name
     codes: list[int] = []
+    planned: list[tuple[list[str], dict[str, Any]]] = []
     try:
         args = get_args_parser().parse_args(argv[1:])
         if args.experimental_rerun:
             raise UserError("--experimental-rerun: runs code from a pickle; give the overrides again instead")
         if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
-            rewritten = _check(config_name, args, spec, conf, Path(program).stem)
+            rewritten = _check(config_name, args, spec, conf, Path(program).stem, planned=planned)
+            if planned:
+                return _plan(program, config_name, planned)
             argv = [rewritten.get(argument, argument) for argument in argv]
         elif args.cfg and not args.info:  # shown as it would be run; what is wrong with it is Hydra's to say
             with contextlib.suppress(UserError):
@@ -132,10 +136,33 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     return job
 
 
+def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[str, Any]]]) -> int:
+    """Answer dry_run=true, without Hydra's folders and logs; one process speaks for all."""
+    if config_name != "train":
+        raise UserError(
+            f"dry_run=true: {program} cannot be planned; how many steps and folds there are is up to the labelled set. "
+            "Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
+        )
+    if not _is_first_process():
+        return 0
+    from audiossl.planning.dryrun import show
+
+    return show(program, planned)
+
+
 def _check(
-    config_name: str, args: Namespace, spec: Spec, conf: Path, job_name: str, is_shown: bool = False
+    config_name: str,
+    args: Namespace,
+    spec: Spec,
+    conf: Path,
+    job_name: str,
+    is_shown: bool = False,
+    planned: list[tuple[list[str], dict[str, Any]]] | None = None,
 ) -> dict[str, str]:
-    """Compose and check the config of every job; returns the overrides that Hydra must be given differently."""
+    """Compose and check the config of every job; returns the overrides that Hydra must be given differently.
+
+    The overrides and configs of jobs that are only to be planned (dry_run=true) are put into `planned`.
+    """
     conf = Path(args.config_path).resolve() if args.config_path else conf
     extra = Path(args.config_dir).resolve() if args.config_dir else None
     for folder in filter(None, (conf, extra)):
@@ -152,6 +179,9 @@ def _check(
                 except UnknownKeyError as error:  # no override is it: a file has it, or a mapping given
                     where = written_in(cfg, error.key)
                     raise UserError(f"{where}: {error}" if where else str(error)) from error
+                if cfg.get("dry_run") and planned is not None:
+                    planned.append((list(cfg.hydra.overrides.task), plain_config(cfg)))
+                    continue
                 if composer.is_sweep and cfg.get("trainer", {}).get("devices", 1) not in (1, "auto"):
                     raise UserError(
                         f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "

@@ -8,6 +8,30 @@ from audiossl.config.rules import show
 from audiossl.errors import UserError
 
 
+def check_global_batch(values: Mapping[str, object]) -> None:
+    """Check that devices, `data.batch_size` and accumulation make the `global_batch` that is asked for.
+
+    Devices that are counted later (auto) are checked then. Raises `UserError` with what would make it.
+    """
+    wanted, devices = values.get("global_batch"), values.get("trainer.devices")
+    if wanted is None or not isinstance(devices, int) or devices < 1:
+        return
+    batch, accumulate = values["data.batch_size"], values["trainer.accumulate_grad_batches"]
+    found = devices * batch * accumulate
+    if found == wanted:
+        return
+    ways = []
+    if wanted % (devices * batch) == 0:
+        ways.append(f"trainer.accumulate_grad_batches={wanted // (devices * batch)}")
+    if wanted % (devices * accumulate) == 0:
+        ways.append(f"data.batch_size={wanted // (devices * accumulate)}")
+    raise UserError(
+        f"global_batch={wanted}: trainer.devices={devices} x data.batch_size={batch} x "
+        f"trainer.accumulate_grad_batches={accumulate} is {found} clips a step; take "
+        f"{' or '.join([*ways, f'global_batch={found} (another recipe: null asks for none)'])}"
+    )
+
+
 def check_finetuning(values: Mapping[str, object]) -> None:
     """Check that there is a labelled set."""
     if values.get("task.root") is None and values.get("task.shards") is None:

@@ -31,7 +31,6 @@ def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
 
 POSITIVE = ("above 0", lambda v: v > 0)
 RATIO = ("at least 0 and below 1", lambda v: 0 <= v < 1)
-
 FRACTION = ("above 0 and at most 1", lambda v: 0 < v <= 1)
 
 RULES = (
@@ -73,10 +72,11 @@ RULES = (
     Rule("optim.eps", *POSITIVE),
     Rule("optim.warmup_*", *_at_least(0)),
     Rule("optim.ramp_down", *_at_least(0)),
+    Rule("assume.mfu", *FRACTION),
+    Rule("assume.*", *POSITIVE),
     Rule("alarm.loss", *POSITIVE),
     Rule("alarm.*_share", *FRACTION),
-    Rule("alarm.patience", *_at_least(1)),
-    Rule("stopping.patience", *_at_least(1)),
+    Rule("*.patience", *_at_least(1)),
     Rule("stopping.min_delta", *_at_least(0)),
     Rule("swa.start", *_at_least(0)),
     Rule("swa.every", *POSITIVE),
@@ -101,7 +101,6 @@ RULES = (
     Rule("heads.*.hidden_layers", *_at_least(0)),
     Rule("heads.*.max_epochs", *_at_least(1)),
     Rule("heads.*.check_every", *_at_least(1)),
-    Rule("heads.*.patience", *_at_least(1)),
     Rule("heads.*.weight_decay", *_at_least(0)),
 )
 

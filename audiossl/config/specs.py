@@ -6,7 +6,7 @@ Nothing is imported here; `settings.check` reads the signatures.
 
 from __future__ import annotations
 
-from audiossl.config.commands import check_finetuning, check_probe
+from audiossl.config.commands import check_finetuning, check_global_batch, check_probe
 from audiossl.config.fields import Spec
 from audiossl.config.rules import check_pretraining
 
@@ -18,11 +18,14 @@ PRETRAIN = Spec(
             "ckpt": "str | None",
             "init": "str | None",
             "init_frontend": "Literal['check', 'ignore']",
+            "global_batch": "int | None",
             "trace": "bool",
+            "dry_run": "bool",
             "root": "Any",
             "run_dir": "str",
             "validate_every_steps": "int",
         },
+        "assume": "audiossl.planning.speed.Assumptions",
         "model": None,
         "frontend": None,
         "data": "audiossl.shards.ShardData",
@@ -65,9 +68,11 @@ PRETRAIN = Spec(
     },
     types={
         "trainer.max_steps": "| None",
+        "trainer.num_nodes": "| None",
         "trainer.precision": "| Literal['auto']",
         "probe.shards": "| None",
     },
+    checks=(check_pretraining, check_global_batch),
 )
 
 FINETUNE = Spec(
@@ -79,6 +84,7 @@ FINETUNE = Spec(
             "ckpt": "Literal['last', 'must'] | None",
             "init": "str",
             "evaluate": "bool",
+            "dry_run": "bool",
             "trace": "bool",
             "root": "Any",
             "run_dir": "str",

@@ -20,6 +20,7 @@ from audiossl.noise import Noise
 from audiossl.parts.positions import SinCosPositions
 from audiossl.parts.windows import LocalBlock, check_windows, shift_mask, shift_of
 from audiossl.patches import check_tiled, normalise_patches, patch_levels, patchify, spread_from_visible, unpatchify
+from audiossl.running.ranks import mean_of_all_ranks, sum_of_all_ranks
 
 GLOBAL_BLOCKS_OF_HYBRID = 4  # paper: local layers first, the last four attend globally
 
@@ -175,30 +176,46 @@ class AudioMAE(nn.Module):
             raise UserError(f"model.mask_ratio={mask_ratio} hides none of {self.tokens_per_clip} patches: raise it")
 
     def forward(self, batch: Batch, *, generator: Noise) -> dict[str, Tensor]:
-        """Return the `loss`: the mean squared error of the hidden patches of the whole batch, and of their levels."""
+        """Return the `loss`: the mean squared error of the hidden patches, and of their levels.
+
+        In training the mean is over the hidden patches of all ranks, and `weight` counts them, so that micro-batches
+        can be weighed against each other. Some clips, or all, may have been unreadable.
+        """
+        losses = self._losses(batch, generator)
+        if not self.training:
+            return {"loss": losses.sum() / max(len(losses), 1)}
+        total = sum_of_all_ranks(len(losses), losses.device)
+        return {"loss": mean_of_all_ranks(losses, total), "weight": total}
+
+    def _losses(self, batch: Batch, generator: Noise) -> Tensor:
+        """Say how wrong each hidden patch of the batch is: (B * K,)."""
         if len(batch) == 0:  # every clip of the micro-batch was unreadable; DDP still wants a gradient everywhere
-            return {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
+            return 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum().expand(0)
         spectrogram = batch.spectrogram
         if spectrogram is None:
             spectrogram = self.frontend(batch.waveform, batch.num_samples, generator)
         keep = self.masking.keep(generator, self.encoder.grid_for(spectrogram))
-        return {"loss": self.loss(spectrogram, keep)}
+        return self.patch_losses(spectrogram, keep).flatten()
 
     def loss(self, spectrogram: Tensor, keep: Tensor) -> Tensor:
         """Compare prediction and target where patches are hidden; (B, 1, F, T) with keep (B, K) -> scalar.
 
-        Every clip hides the same number of patches, so the mean is the published sum over hidden / number of hidden.
+        The published sum over hidden / number of hidden.
         """
+        return self.patch_losses(spectrogram, keep).mean()
+
+    def patch_losses(self, spectrogram: Tensor, keep: Tensor) -> Tensor:
+        """Give the squared error of each hidden patch, and of its level: (B, N - K)."""
         decoded = self.decode(spectrogram, keep)
         gaps = hidden(keep, decoded.shape[1])
         prediction = self.decoder.values(take(decoded, gaps))
         patches = take(patchify(spectrogram, self.encoder.patch, self.encoder.stride), gaps)
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32))  # whatever the precision around it
         values, levels = prediction.to(patches.dtype).tensor_split([patches.shape[-1]], dim=-1)
-        loss = (values - (normalise_patches(patches) if self.norm_target else patches)).square().mean()
+        losses = (values - (normalise_patches(patches) if self.norm_target else patches)).square().mean(-1)
         if self.level_weight:
-            loss = loss + self.level_weight * (levels - patch_levels(patches)).square().mean()
-        return loss
+            losses = losses + self.level_weight * (levels - patch_levels(patches)).square().mean(-1)
+        return losses
 
     def decode(self, spectrogram: Tensor, keep: Tensor) -> Tensor:
         """Encode what is kept and decode all: (B, N, E)."""

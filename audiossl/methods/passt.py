@@ -23,6 +23,7 @@ from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.masking import Patchout
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
+from audiossl.running.ranks import mean_of_all_ranks, sum_of_all_ranks
 from audiossl.sound.frontend import beyond
 from audiossl.sound.waveform import to_float
 
@@ -99,21 +100,29 @@ class PaSST(nn.Module):
     def forward(self, batch: Batch, *, generator: Noise) -> dict[str, Tensor]:
         """Return the `loss`, mean binary cross-entropy; augmented and with patches left out in training mode only."""
         if len(batch) == 0:  # every clip of the micro-batch was unreadable; DDP still wants a gradient everywhere
-            return {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
+            nothing = 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum().expand(0)
+            return self._mean(nothing)
         if batch.target is None:
             raise UserError("model=passt learns from labels, and these clips have none")
         target, spectrogram = batch.target.float(), batch.spectrogram
         if spectrogram is None:
             spectrogram, target = self._hear(batch, target, generator)
         if not self.training:
-            return {"loss": self.loss(self.classify(spectrogram), target)}
+            return self._mean(self.clip_losses(self.classify(spectrogram), target))
         spectrogram, target = self.augment_spectrogram(spectrogram, target, generator)
         spectrogram = self.cut(spectrogram)
         grid = self.encoder.grid_for(spectrogram)
         spare = self.encoder.grid[1] - grid[1]
         first_column = generator.randint(spare + 1) if spare else 0
         keep = self.patchout.keep(generator, grid)
-        return {"loss": self.loss(self.classify(spectrogram, keep, first_column), target)}
+        return self._mean(self.clip_losses(self.classify(spectrogram, keep, first_column), target))
+
+    def _mean(self, losses: Tensor) -> dict[str, Tensor]:
+        """Average (B,); in training over the clips of all ranks, with `weight` counting those."""
+        if not self.training:
+            return {"loss": losses.sum() / max(len(losses), 1)}
+        total = sum_of_all_ranks(len(losses), losses.device)
+        return {"loss": mean_of_all_ranks(losses, total), "weight": total}
 
     def logits(self, batch: Batch) -> Tensor:
         """Say how likely each class is, before the sigmoid: (B, num_classes). Nothing is drawn or left out."""
@@ -132,10 +141,16 @@ class PaSST(nn.Module):
         """Turn (B, 1, F, T) into logits (B, num_classes)."""
         return self.head(self.features(spectrogram, keep, first_column))
 
-    @staticmethod
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
+    @classmethod
+    def loss(cls, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits with targets in [0, 1], both (B, C): the mean over clips and classes."""
-        return binary_cross_entropy_with_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+        return cls.clip_losses(logits, target).mean()
+
+    @staticmethod
+    def clip_losses(logits: Tensor, target: Tensor) -> Tensor:
+        """Compare logits with targets in [0, 1], both (B, C): the mean over classes, (B,)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
 
     def cut(self, spectrogram: Tensor) -> Tensor:
         """Cut (B, 1, F, T) to what the positions reach; say so once."""

@@ -84,6 +84,11 @@ class MixupBank(nn.Module):
         self._keys: deque[str] = deque(maxlen=self.size)
         self._next = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of the store, which has its full size from the first `push` on."""
+        return 0 if self._store is None else self._store.numel() * self._store.element_size()
+
     def keys(self) -> list[str]:
         """List the keys of what is remembered, the oldest first."""
         return list(self._keys)

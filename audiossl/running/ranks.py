@@ -19,17 +19,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def mean_of_all_ranks(values: Tensor) -> Tensor:
+def sum_of_all_ranks(count: int, device: torch.device) -> Tensor:
+    """Add up a number over all ranks: a float32 scalar on `device`. All ranks must call it equally often."""
+    total = torch.tensor(float(count), device=device)
+    if _size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_of_all_ranks(values: Tensor, total: Tensor | None = None) -> Tensor:
     """Average (n,) over the rows of all ranks, which may hold different numbers of them, none included: a scalar.
 
     Each rank gets its rows' sum, scaled so that the mean over the ranks, which is what DistributedDataParallel takes of
-    the gradients and our logs of the values, is the mean over all rows. All ranks must call it equally often.
+    the gradients and our logs of the values, is the mean over all rows. All ranks must call it equally often. `total`
+    is the number of all ranks' rows where it is known already.
     """
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    count = torch.tensor(float(len(values)), device=values.device)
-    if size > 1:
-        dist.all_reduce(count)
-    return values.sum() * (size / count.clamp(min=1))
+    total = sum_of_all_ranks(len(values), values.device) if total is None else total
+    return values.sum() * (_size() / total.clamp(min=1))
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:
@@ -55,7 +65,7 @@ class Ranks:
     """Reduce small values over all ranks; make it on all ranks at the same moment, after the process group exists."""
 
     def __init__(self):
-        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.size = _size()
         is_gpu_group = self.size > 1 and dist.get_backend() != "gloo"
         self._group = dist.new_group(backend="gloo") if is_gpu_group else None
 

@@ -1,0 +1,1 @@
+"""What will a run cost, will it fit, and how is it submitted?"""
