@@ -146,6 +146,10 @@ class Pretraining(pl.LightningModule):
             if group["weight_decay"]:
                 group["weight_decay"] = changing.get("weight_decay", group["weight_decay"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._window:
+            return  # DeepSpeed accumulates by itself, and is asked for a step after every micro-batch
+        if self._is_sharded:
+            self._take_norm(self.trainer.strategy.gradient_norm())
         self.record(changing)
         if hasattr(self.method, "after_step"):
             self.method.after_step(step, self.max_steps)
@@ -155,8 +159,16 @@ class Pretraining(pl.LightningModule):
 
         Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
         """
+        if self._window or self._is_sharded:
+            return  # no rank has the whole gradient; DeepSpeed takes no step when it is not finite, and then says so
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self._take_norm(torch.nn.utils.get_total_norm(gradients))
+
+    @property
+    def _is_sharded(self) -> bool:
+        return hasattr(self.trainer.strategy, "gradient_norm")
+
+    def _take_norm(self, norm: Tensor) -> None:
         loss = float(self.row["loss"])
         if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):
             raise NonFiniteError(f"step {self.global_step}: the loss is {loss:g}, the gradient's norm {float(norm):g}")

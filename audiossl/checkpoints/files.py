@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from audiossl.errors import UserError
+from audiossl.sharded.folders import is_sharded, problem_of, read_seal
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ def lower_is_better(metric: str) -> bool:
 
 def step_of(path: Path) -> int:
     """Read the optimiser step a checkpoint was saved at, without reading its tensors."""
+    if path.is_dir():
+        return read_seal(path)["step"]
     return read_lazily(path)["global_step"]
 
 
@@ -124,7 +127,8 @@ def _set_aside(path: Path) -> None:
 def _inspect(path: Path) -> tuple[bool, str]:
     """Give whether `path` is a complete checkpoint, and what it is; raises OSError when it cannot be read."""
     if path.is_dir():
-        return False, "a folder"
+        problem = problem_of(path) if is_sharded(path) else "a folder"
+        return problem is None, problem or f"a checkpoint of step {step_of(path)}, of many ranks"
     with path.open("rb") as file:
         head = file.read(512)
     size = path.stat().st_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 from audiossl.config.commands import check_finetuning, check_probe
 from audiossl.config.fields import Spec
 from audiossl.config.rules import check_pretraining
+from audiossl.sharded.settings import check_sharding
 
 PRETRAIN = Spec(
     sections={
@@ -68,6 +69,7 @@ PRETRAIN = Spec(
         "trainer.precision": "| Literal['auto']",
         "probe.shards": "| None",
     },
+    checks=(check_pretraining, check_sharding),
 )
 
 FINETUNE = Spec(
@@ -107,7 +109,7 @@ FINETUNE = Spec(
         "data.std": "| None",
         "model.loss": "| Literal['auto']",
     },
-    checks=(check_pretraining, check_finetuning),
+    checks=(check_pretraining, check_finetuning, check_sharding),
 )
 
 PROBE = Spec(
