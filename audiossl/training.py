@@ -219,7 +219,7 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
     plugins = [AtomicCheckpointIO()]
     how = {"strategy": strategy, "precision": precision}
     if is_deepspeed(strategy):
-        from audiossl.sharded.strategy import trainer_arguments
+        from audiossl.sharded.start import trainer_arguments
 
         how = trainer_arguments(strategy, layout.accelerator, precision)
         plugins = how.pop("plugins")

@@ -9,7 +9,6 @@ nor a teacher that moves by 1e-4 of its way would survive.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from argparse import Namespace
 from contextlib import AbstractContextManager
@@ -28,7 +27,6 @@ from audiossl.errors import UserError
 from audiossl.running.ranks import Ranks
 from audiossl.sharded.engine import PlainFiles, described, reason_of, seal
 from audiossl.sharded.folders import TAG, problem_of, read_seal
-from audiossl.sharded.settings import stage_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class Autocast(DeepSpeedPrecision):
 class Zero(DeepSpeedStrategy):
     """Train with ZeRO stage 1, 2 or 3 on CUDA, or on CPU ranks with gloo.
 
-    Trainer arguments that go with it: `trainer_arguments`. Saves a folder `step=N.ckpt` (see `folders`), and loads one
+    Give the Trainer `plugins=[Autocast(precision)]` beside it, as `start.trainer_arguments` does. Saves a folder `step=N.ckpt` (see `folders`), and loads one
     that the same number of ranks saved at the same stage.
     """
 
@@ -149,9 +147,3 @@ class Zero(DeepSpeedStrategy):
         if any(other != everyone[0][0] for other, _ in everyone):
             raise UserError(f"the ranks found different checkpoints ({everyone}); do they see the same files?")
 
-
-def trainer_arguments(strategy: str, accelerator: str, precision: str) -> dict[str, Any]:
-    """Give the `strategy` and `plugins` that a Trainer needs for `deepspeed`, or `deepspeed_stage_1`, `_2`, `_3`."""
-    if accelerator == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it takes the GPU of a machine that has one
-    return {"strategy": Zero(stage=stage_of(strategy), precision=precision), "plugins": [Autocast(precision)]}
