@@ -87,7 +87,7 @@ def read_part(path: Path) -> dict[str, Any]:
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """Read what is not sharded: step, loops, callbacks, config and provenance, as the ordinary checkpoint has them.
+    """Read the first rank's model file; its entry `run` is what an ordinary checkpoint holds beside the tensors.
 
     Raises `UserError` for what is no complete folder.
     """

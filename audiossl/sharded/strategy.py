@@ -106,7 +106,7 @@ class Zero(DeepSpeedStrategy):
             shutil.rmtree(folder)  # of a run that died here, or that came here before it was set back
         self.barrier("the folder is clear")
         self.files.begin()
-        self.deepspeed_engine.save_checkpoint(str(folder), tag=TAG, client_state=state)
+        self.deepspeed_engine.save_checkpoint(str(folder), tag=TAG, client_state={"run": state})
         problem, written = self.files.problem, []
         try:
             written = described(folder, self.files.written)
@@ -130,14 +130,14 @@ class Zero(DeepSpeedStrategy):
         self._agree(ranks, folder, problem_of(folder, check_contents=False))
         self._agree(ranks, read_seal(folder), None)
         self.files.begin()
-        state, problem = None, None
+        content, problem = None, None
         try:
-            _, state = self.deepspeed_engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+            _, content = self.deepspeed_engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         except UserError as error:
             problem = str(error)
         self._agree(ranks, None, problem)
-        assert state is not None
-        return state
+        assert content is not None
+        return content["run"]
 
     def _agree(self, ranks: Ranks, found: Any, problem: str | None) -> None:
         everyone = ranks.gather((found, problem))
