@@ -149,7 +149,9 @@ class Pretraining(pl.LightningModule):
         if self._window:
             return  # DeepSpeed accumulates by itself, and is asked for a step after every micro-batch
         if self._is_sharded:
-            self._take_norm(self.trainer.strategy.gradient_norm())
+            norm = self.trainer.strategy.gradient_norm()
+            self._refuse_non_finite(norm)
+            self.record({"grad_norm": norm})
         self.record(changing)
         if hasattr(self.method, "after_step"):
             self.method.after_step(step, self.max_steps)
@@ -159,17 +161,20 @@ class Pretraining(pl.LightningModule):
 
         Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
         """
-        if self._window or self._is_sharded:
-            return  # no rank has the whole gradient; DeepSpeed takes no step when it is not finite, and then says so
+        if self._window:
+            return
+        if self._is_sharded:  # no rank has the whole gradient; DeepSpeed takes no step when it is not finite, and says so
+            return self._refuse_non_finite(0.0)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        self._take_norm(torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._refuse_non_finite(norm)
+        self.record({"grad_norm": norm})
 
     @property
     def _is_sharded(self) -> bool:
         return hasattr(self.trainer.strategy, "gradient_norm")
 
-    def _take_norm(self, norm: Tensor) -> None:
+    def _refuse_non_finite(self, norm: Tensor | float) -> None:
         loss = float(self.row["loss"])
         if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):
             raise NonFiniteError(f"step {self.global_step}: the loss is {loss:g}, the gradient's norm {float(norm):g}")
-        self.record({"grad_norm": norm})

@@ -45,6 +45,7 @@ from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.stopping import EarlyStopping
 from audiossl.running.trace import Trace
 from audiossl.sharded.settings import is_deepspeed
+from audiossl.sharded.third import has_whole_weights, put_together
 from audiossl.sharded.topology import check_layout
 from audiossl.shards import ShardData
 from audiossl.weights.origins import join_licences
@@ -67,6 +68,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     layout = _layout(config["trainer"])
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
+    is_whole = has_whole_weights(config, method)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
@@ -83,7 +85,9 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
     stopping = EarlyStopping(**config["stopping"], metric=config["checkpoint"]["metric"], folder=run_dir)
     first = [accounts, *memory, averaging, *classes, stopping]
-    callbacks = first + _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
+    callbacks = first + _callbacks(
+        config, run_dir, clips if is_whole else [], probe if is_whole else None, provenance, loggers[0]
+    )
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -99,6 +103,8 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
+        if not is_whole:
+            method = put_together(config, vocabulary, run_dir / "checkpoints" / "last.ckpt")
         about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
         results |= report.finish(method, averaging.averages(), *about)
         report.reconcile(log, results)

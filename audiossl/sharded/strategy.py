@@ -88,6 +88,7 @@ class Zero(DeepSpeedStrategy):
             dist_init_required=False,
         )
         self.files = engine.checkpoint_engine = PlainFiles()
+        self.ranks = Ranks()
         return engine, sharded
 
     def gradient_norm(self) -> Tensor:
@@ -99,7 +100,7 @@ class Zero(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Let every rank write its files into the folder `filepath`, then seal it; raises `UserError` on all ranks."""
         assert storage_options is None, "local folders have no storage options"
-        folder, ranks = Path(filepath), Ranks()
+        folder, ranks = Path(filepath), self.ranks
         state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         check_plain(state)
         if self.is_global_zero and folder.exists():
@@ -126,24 +127,24 @@ class Zero(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the folder on all ranks, or raise `UserError` on all of them; no code in it runs."""
-        folder, ranks = Path(checkpoint_path), Ranks()
-        self._agree(ranks, folder, problem_of(folder, check_contents=False))
-        self._agree(ranks, read_seal(folder), None)
+        folder = Path(checkpoint_path)
+        self._agree(folder.name, problem_of(folder, check_contents=False))
+        self._agree(read_seal(folder))
         self.files.begin()
         content, problem = None, None
         try:
             _, content = self.deepspeed_engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         except UserError as error:
             problem = str(error)
-        self._agree(ranks, None, problem)
+        self._agree(None, problem)
         assert content is not None
         return content["run"]
 
-    def _agree(self, ranks: Ranks, found: Any, problem: str | None) -> None:
-        everyone = ranks.gather((found, problem))
+    def _agree(self, found: Any, problem: str | None = None) -> None:
+        everyone = self.ranks.gather((found, problem))
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(everyone) if problem]
         if problems:
             raise UserError(f"ckpt: no rank goes on, since {'; '.join(problems)}")
         if any(other != everyone[0][0] for other, _ in everyone):
-            raise UserError(f"the ranks found different checkpoints ({everyone}); do they see the same files?")
+            raise UserError("ckpt: the ranks found different checkpoints; do they see the same files?")
 

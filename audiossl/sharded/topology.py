@@ -1,7 +1,7 @@
 """Can this run go on from that checkpoint, when one of them is spread over ranks?
 
 ZeRO's optimiser state is cut into as many pieces as there were ranks, and DeepSpeed loads it on no other number
-(REPORTED for its "elastic" checkpoints too). The way out is the converter, whose result any run starts from.
+(its "elastic" checkpoints included). The way out is the converter, whose result any run starts from.
 """
 
 from __future__ import annotations
