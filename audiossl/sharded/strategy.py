@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from audiossl.checkpoints.atomic import check_plain
+from audiossl.checkpoints.atomic import check_plain, try_to_remove
 from audiossl.errors import UserError
 from audiossl.running.ranks import Ranks
 from audiossl.sharded.engine import PlainFiles, described, reason_of, seal
@@ -123,6 +123,8 @@ class Zero(DeepSpeedStrategy):
                 problem = reason_of(error)
         problem = ranks.gather(problem)[0]
         if problem is not None:
+            if self.is_global_zero and folder.exists():
+                try_to_remove(folder)
             raise UserError(f"{folder}: not saved, {problem}; checkpoints saved before are as they were")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -130,7 +132,6 @@ class Zero(DeepSpeedStrategy):
         folder = Path(checkpoint_path)
         self._agree(folder.name, problem_of(folder, check_contents=False))
         self._agree(read_seal(folder))
-        self.files.begin()
         content, problem = None, None
         try:
             _, content = self.deepspeed_engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
