@@ -45,7 +45,7 @@ from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.stopping import EarlyStopping
 from audiossl.running.trace import Trace
 from audiossl.sharded.settings import is_deepspeed
-from audiossl.sharded.third import has_whole_weights, put_together
+from audiossl.sharded.stage_three import has_whole_weights, put_together
 from audiossl.sharded.topology import check_layout
 from audiossl.shards import ShardData
 from audiossl.weights.origins import join_licences

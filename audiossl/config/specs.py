@@ -9,7 +9,7 @@ from __future__ import annotations
 from audiossl.config.commands import check_finetuning, check_probe
 from audiossl.config.fields import Spec
 from audiossl.config.rules import check_pretraining
-from audiossl.sharded.settings import check_sharding
+from audiossl.sharded.settings import check_sharding, refuse_sharding
 
 PRETRAIN = Spec(
     sections={
@@ -109,7 +109,7 @@ FINETUNE = Spec(
         "data.std": "| None",
         "model.loss": "| Literal['auto']",
     },
-    checks=(check_pretraining, check_finetuning, check_sharding),
+    checks=(check_pretraining, check_finetuning, refuse_sharding),
 )
 
 PROBE = Spec(

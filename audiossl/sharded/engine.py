@@ -91,7 +91,13 @@ def described(folder: Path, paths: list[Path]) -> list[Written]:
 
 
 def seal(folder: Path, written: list[Written], **facts: int) -> None:
-    """Declare a folder complete, on the first rank, when all ranks have written; raises OSError."""
+    """Declare a folder complete, on the first rank, when all ranks have written.
+
+    Raises OSError, and `UserError` where another rank's file cannot be seen from here.
+    """
+    for name, num_bytes, _ in written:
+        if not (folder / name).exists() or (folder / name).stat().st_size != num_bytes:
+            raise UserError(f"{name}, of another rank, is not seen by rank 0: all nodes must share this folder")
     names = {name for name, *_ in written}
     others = [p for p in sorted(folder.rglob("*")) if p.is_file() and str(p.relative_to(folder)) not in names]
     files = {name: [size, digest] for name, size, digest in [*written, *described(folder, others)]}

@@ -60,22 +60,22 @@ def problem_of(folder: str | Path, *, check_contents: bool = True) -> str | None
             if check_contents and sha256_of(path) != digest:
                 return f"damaged: the SHA-256 of {name} is wrong"
             if check_contents and path.suffix == ".pt" and (problem := _objects_in(path)):
-                return f"{name} {problem}"
+                return f"{problem[0]}: {name} {problem[1]}"
         strange = sorted({str(path.relative_to(folder)) for path in (folder / TAG).rglob("*")} - files.keys())
     except UserError as error:
         return str(error).removeprefix(f"{folder}: ")
     except OSError as error:
         return f"unreadable ({error.strerror})"
-    return f"holds {strange[0]}, which no rank wrote" if strange else None
+    return f"altered: it holds {strange[0]}, which no rank wrote" if strange else None
 
 
-def _objects_in(path: Path) -> str | None:
+def _objects_in(path: Path) -> tuple[str, str] | None:
     try:
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        return "holds Python objects, which could run code"
+        return "unsafe", "holds Python objects, which could run code"
     except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"is damaged ({type(error).__name__})"
+        return "damaged", f"cannot be read ({type(error).__name__})"
     return None
 
 

@@ -45,3 +45,9 @@ def check_sharding(values: Mapping[str, object]) -> None:
         )
     if values.get("trainer.gradient_clip_algorithm") == "value":
         raise UserError(f"trainer.gradient_clip_algorithm=value: trainer.strategy={strategy} clips by norm only")
+
+
+def refuse_sharding(values: Mapping[str, object]) -> None:
+    """Refuse DeepSpeed where it was never tried: fine-tuning trains several runs in one process."""
+    if is_deepspeed(strategy := values.get("trainer.strategy")):
+        raise UserError(f"trainer.strategy={strategy}: is for train.py; finetune.py takes ddp, or auto")

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 class Autocast(DeepSpeedPrecision):
     """Leave weights and inputs as they are; DeepSpeed's engine casts inside of the forward pass (bf16-mixed)."""
 
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
     def convert_input(self, data: Any) -> Any:
         return data
 
@@ -50,7 +53,7 @@ class Zero(DeepSpeedStrategy):
     """
 
     def __init__(self, *, stage: int, precision: str):
-        super().__init__(stage=stage, logging_level=logging.ERROR)
+        super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR)
         self.stage = stage
         assert isinstance(self.config, dict)
         # Lightning would ask for weights in bfloat16
@@ -119,7 +122,7 @@ class Zero(DeepSpeedStrategy):
             facts = dict(step=checkpoint["global_step"], ranks=ranks.size, stage=self.stage)
             try:
                 seal(folder, [file for files, _ in everyone for file in files], **facts)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 problem = reason_of(error)
         problem = ranks.gather(problem)[0]
         if problem is not None:
