@@ -163,7 +163,7 @@ class Pretraining(pl.LightningModule):
         """
         if self._window:
             return
-        if self._is_sharded:  # no rank has the whole gradient; DeepSpeed takes no step when it is not finite, and says so
+        if self._is_sharded:  # no rank has the whole gradient, whose norm DeepSpeed tells after a step, taken or not
             return self._refuse_non_finite(0.0)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -68,7 +68,6 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     layout = _layout(config["trainer"])
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
-    is_whole = has_whole_weights(config, method)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     global_batch = data.batch_size * accumulate * layout.devices * layout.num_nodes
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
@@ -85,9 +84,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
     stopping = EarlyStopping(**config["stopping"], metric=config["checkpoint"]["metric"], folder=run_dir)
     first = [accounts, *memory, averaging, *classes, stopping]
-    callbacks = first + _callbacks(
-        config, run_dir, clips if is_whole else [], probe if is_whole else None, provenance, loggers[0]
-    )
+    callbacks = first + _callbacks(config, method, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -103,10 +100,8 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
-        if not is_whole:
-            method = put_together(config, vocabulary, run_dir / "checkpoints" / "last.ckpt")
         about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
-        results |= report.finish(method, averaging.averages(), *about)
+        results |= report.finish(put_together(method, config, vocabulary), averaging.averages(), *about)
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
@@ -141,9 +136,7 @@ def _module(
     return module, RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
 
 
-def _start(
-    config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any], num_ranks: int
-) -> Path | None:
+def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any], num_ranks: int) -> Path | None:
     """Find the checkpoint to resume from, else load the weights to start from; note their origin in `provenance`."""
     ckpt = resolve_ckpt(config["ckpt"], run_dir)
     if ckpt is not None:
@@ -188,8 +181,16 @@ def _warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> 
 
 
 def _callbacks(
-    config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, provenance, metrics: MetricsCsv
+    config: dict[str, Any],
+    method: nn.Module,
+    run_dir: Path,
+    clips: list,
+    probe: ProbeCallback | None,
+    provenance: dict[str, Any],
+    metrics: MetricsCsv,
 ) -> list:
+    if not has_whole_weights(config, method):
+        clips, probe = [], None
     checkpoint = Checkpointing(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )

@@ -5,19 +5,22 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from toy_sharded import pairs
+from commands import TINY, kill_when, start, train
+from toy_sharded import TEACHER, pairs
 
 import audiossl
-from audiossl.__main__ import main
+from audiossl.__main__ import _run, main
 from audiossl.checkpointing import is_valid, newest_valid, resolve_ckpt
 from audiossl.errors import UserError
 from audiossl.indexing.indexfile import sha256_of
 from audiossl.running.build import load_method
 from audiossl.sharded.settings import check_sharding
+from audiossl.sharded.stage_three import has_whole_weights
 from audiossl.sharded.topology import check_layout
 from audiossl.weights.reading import read_torch_file
 
@@ -50,7 +53,7 @@ def runs(tmp_path_factory) -> Path:
     """Train six steps by DistributedDataParallel and by ZeRO-2."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "ddp", "trainer=ddp")
-    run(folder / "zero", ZERO)
+    run(folder / "zero", ZERO, "pictures.clips=1", "pictures.every_steps=3")
     return folder
 
 
@@ -168,8 +171,6 @@ def test_s1_a_planted_pickle_is_refused_on_every_way_in(copy, monkeypatch, name,
 
 def main_raising(command: str, *arguments: str) -> None:
     """Run a command in this process, with its error as an exception."""
-    from audiossl.__main__ import _run
-
     _run([command, *arguments])
 
 
@@ -213,10 +214,22 @@ def test_the_converter_gives_what_an_ordinary_run_would_have_saved_and_one_goes_
 def test_zero_3_ends_with_the_encoder_and_the_pictures_of_an_ordinary_run(runs, tmp_path):
     run(tmp_path, ZERO, "trainer.strategy=deepspeed_stage_3", "pictures.clips=1")
     assert_equal(audiossl.load(tmp_path).state_dict(), audiossl.load(runs / "ddp").state_dict())
-    whole = {k: v for k, v in read_torch_file(tmp_path / "checkpoints" / "last.ckpt")["state_dict"].items()}
+    whole = read_torch_file(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     assert_equal({k.removeprefix("method."): v for k, v in whole.items()}, weights(runs / "ddp"))
     assert (tmp_path / "reconstruction.png").exists()
     assert losses(tmp_path) == losses(runs / "ddp")
+
+
+def test_zero_3_refuses_what_needs_all_weights_on_a_rank():
+    config = {"trainer": {"strategy": "deepspeed_stage_3"}, "swa": {"start": None}}
+    method = torch.nn.Linear(1, 1)
+    assert not has_whole_weights(config, method)
+    with pytest.raises(UserError, match="swa.start averages"):
+        has_whole_weights(config | {"swa": {"start": 0.5}}, method)
+    method.after_step = lambda step, max_steps: None
+    assert has_whole_weights(config | {"trainer": {"strategy": "deepspeed"}}, method)
+    with pytest.raises(UserError, match="Linear has a teacher .*; take stage 1 or 2"):
+        has_whole_weights(config, method)
 
 
 @pytest.mark.slow
@@ -231,21 +244,41 @@ def test_the_other_stages_resume_to_the_same_bits(runs, tmp_path, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes, tolerance",
+    "model, changes, tolerance",
     [
-        (["model=atst_frame", "model.width=32", "size=tiny"], 1e-6),
-        (["trainer.accumulate_grad_batches=2", "data.batch_size=2"], 1e-5),
-        (["trainer.gradient_clip_val=0.5"], 1e-5),
-        (["trainer.precision=bf16-mixed"], 0.0),
+        (dict(model=TEACHER), [], 1e-6),
+        (dict(model=TINY), ["trainer.accumulate_grad_batches=2", "data.batch_size=2"], 1e-5),
+        (dict(model=TINY), ["trainer.gradient_clip_val=0.5"], 1e-5),
+        (dict(model=TINY), ["trainer.precision=bf16-mixed"], 0.0),
     ],
     ids=["teacher", "accumulated", "clipped", "bf16"],
 )
-def test_zero_2_stays_close_to_distributed_data_parallel(tmp_path, changes, tolerance):
+def test_zero_2_stays_close_to_distributed_data_parallel(tmp_path, model, changes, tolerance):
     """Accumulated or clipped gradients are rounded in another order: losses of six steps within a part in 1e5."""
-    run(tmp_path / "ddp", *changes, "trainer=ddp")
-    run(tmp_path / "zero", *changes, ZERO)
+    run(tmp_path / "ddp", *changes, "trainer=ddp", **model)
+    run(tmp_path / "zero", *changes, ZERO, **model)
     found, wanted = ([float(loss) for loss in losses(tmp_path / name)] for name in ("zero", "ddp"))
     assert found == pytest.approx(wanted, rel=tolerance, abs=0)
+    assert main(["convert", str(tmp_path / "zero"), str(tmp_path / "out")]) == 0
+    whole = read_torch_file(tmp_path / "out" / STEP.format(6))
+    assert_equal({k.removeprefix("method."): v for k, v in whole["state_dict"].items()}, weights(tmp_path / "zero"))
+    wanted = read_torch_file(tmp_path / "ddp" / STEP.format(6))["optimizer_states"][0]["state"]
+    assert wanted.keys() == whole["optimizer_states"][0]["state"].keys()
+
+
+@pytest.mark.gpu
+def test_on_gpus_a_run_is_signalled_resumed_and_converted_as_a_user_does(tmp_path):
+    """Lightning's own launch, NCCL, bf16: never run where this was written."""
+    settings = [word for word in TINY if word != "trainer=cpu"]
+    settings += [ZERO, "trainer.accelerator=gpu", f"trainer.devices={torch.cuda.device_count()}", "name=mine"]
+    settings += ["hydra.run.dir=mine", "trainer.max_steps=400", "checkpoint.every_steps=20"]
+    process = start(*settings, cwd=tmp_path)
+    assert (
+        kill_when(process, tmp_path / "mine" / "checkpoints" / "step=000000020.ckpt" / "COMPLETE", signal.SIGTERM) == 75
+    )
+    train(*settings, "ckpt=must", cwd=tmp_path)
+    assert main(["convert", str(tmp_path / "mine"), str(tmp_path / "whole")]) == 0
+    assert_equal(audiossl.load(tmp_path / "whole").state_dict(), audiossl.load(tmp_path / "mine").state_dict())
 
 
 def test_settings_that_deepspeed_cannot_serve_are_refused(monkeypatch):
@@ -254,7 +287,7 @@ def test_settings_that_deepspeed_cannot_serve_are_refused(monkeypatch):
     check_sharding({"trainer.strategy": "ddp", "trainer.precision": "16-mixed"})
     for change, said in (
         ({"trainer.strategy": "deepspeed_stage_2_offload"}, "deepspeed_stage_3, or ddp"),
-        ({"trainer.precision": "16-mixed"}, "take 32-true or bf16-mixed"),
+        ({"trainer.precision": "16-mixed"}, "takes 32-true or bf16-mixed"),
         ({"trainer.gradient_clip_algorithm": "value"}, "clips by norm only"),
     ):
         with pytest.raises(UserError, match=said):

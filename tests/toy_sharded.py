@@ -14,9 +14,12 @@ from pathlib import Path
 
 from commands import TINY
 from conftest import ROOT
+from methods import settings_of
 from toy_training import Run, Toys
 
-SETTINGS = [*TINY, "trainer.accelerator=cpu", "trainer.max_steps=6", "checkpoint.every_steps=2", "logger.tensorboard=false"]
+COMMON = ["trainer.accelerator=cpu", "trainer.max_steps=6", "checkpoint.every_steps=2", "logger.tensorboard=false"]
+COMMON += ["trainer.log_every_n_steps=1", "data.batch_size=4", "data.num_workers=0", "probe=none", "pictures.clips=0"]
+TEACHER = [*settings_of("atst_frame"), "data.validation_clips=8"]
 
 
 class Pairs(Toys):
@@ -24,13 +27,13 @@ class Pairs(Toys):
 
     script, defaults = __file__, {"overrides": [], "fault": {}}
 
-    def start_pair(self, folder: Path, *overrides: str, fault: dict | None = None, ranks: int = 2) -> list[Run]:
+    def start_pair(self, folder: Path, *overrides: str, model=TINY, fault=None, ranks: int = 2) -> list[Run]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "toy"}
-        options = {"overrides": [*SETTINGS, *overrides, f"trainer.devices={ranks}"], "fault": fault or {}}
+        options = {"overrides": [*model, *COMMON, *overrides, f"trainer.devices={ranks}"], "fault": fault or {}}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         return [self.start(folder, common | place, **options) for place in places]
 
@@ -137,8 +140,10 @@ def train(folder: Path, name: str, *, overrides: list[str], fault: dict) -> None
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import hydra  # noqa: F401
     import toy_training
 
+    import audiossl.config.specs
     import audiossl.sharded.start
     import audiossl.training  # noqa: F401
 

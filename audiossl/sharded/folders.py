@@ -35,7 +35,8 @@ def read_seal(folder: str | Path) -> dict[str, Any]:
         sizes = [found["format"], found["step"], found["ranks"], found["stage"]]
         is_whole = all(isinstance(size, int) for size in sizes) and all(len(v) == 2 for v in found["files"].values())
     except FileNotFoundError:
-        raise UserError(f"{folder}: incomplete: it has no {SEAL}, so not all ranks had saved when the run ended") from None
+        said = f"incomplete: it has no {SEAL}, so the run ended before all ranks had saved"
+        raise UserError(f"{folder}: {said}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     if not is_whole or found["format"] > FORMAT:

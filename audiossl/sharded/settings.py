@@ -40,8 +40,8 @@ def check_sharding(values: Mapping[str, object]) -> None:
         )
     if (precision := values.get("trainer.precision")) not in PRECISIONS:
         raise UserError(
-            f"trainer.precision={precision}: with trainer.strategy={strategy} take 32-true or bf16-mixed; it would turn "
-            "the front end and a teacher's moving average into half precision"
+            f"trainer.precision={precision}: trainer.strategy={strategy} takes 32-true or bf16-mixed; the others "
+            "would turn the front end and a teacher's moving average into half precision"
         )
     if values.get("trainer.gradient_clip_algorithm") == "value":
         raise UserError(f"trainer.gradient_clip_algorithm=value: trainer.strategy={strategy} clips by norm only")

@@ -20,10 +20,15 @@ from audiossl.weights.reading import read_torch_file
 log = logging.getLogger(__name__)
 
 
+def is_split(config: dict[str, Any]) -> bool:
+    """Tell whether each rank holds a piece of every weight only."""
+    strategy = config["trainer"]["strategy"]
+    return is_deepspeed(strategy) and stage_of(strategy) == 3
+
+
 def has_whole_weights(config: dict[str, Any], method: nn.Module) -> bool:
     """Tell whether every rank holds all weights; raises `UserError` where it must and does not."""
-    strategy = config["trainer"]["strategy"]
-    if not is_deepspeed(strategy) or stage_of(strategy) < 3:
+    if not is_split(config):
         return True
     asks = {
         f"{type(method).__name__} has a teacher that follows its student": hasattr(method, "after_step"),
@@ -32,14 +37,17 @@ def has_whole_weights(config: dict[str, Any], method: nn.Module) -> bool:
     }
     for what, is_asked in asks.items():
         if is_asked:
+            strategy = config["trainer"]["strategy"]
             raise UserError(f"trainer.strategy={strategy}: no rank holds all weights, and {what}; take stage 1 or 2")
     log.info("ZeRO stage 3: pictures and probe wait for the end of the run, when the weights are put together")
     return False
 
 
-def put_together(config: dict[str, Any], vocabulary: list[str] | None, checkpoint: Path) -> nn.Module:
-    """Build the method anew with the weights of a checkpoint of all ranks, on the CPU."""
-    method = method_from_config(config, vocabulary=vocabulary)
-    state = read_torch_file(checkpoint)["state_dict"]
-    method.load_state_dict({k.removeprefix("method."): v for k, v in state.items() if k.startswith("method.")})
-    return method
+def put_together(method: nn.Module, config: dict[str, Any], vocabulary: list[str] | None) -> nn.Module:
+    """Give the method with all its weights: itself, or at stage 3 a new one with those of the last checkpoint."""
+    if not is_split(config):
+        return method
+    whole = method_from_config(config, vocabulary=vocabulary)
+    state = read_torch_file(Path(config["run_dir"]) / "checkpoints" / "last.ckpt")["state_dict"]
+    whole.load_state_dict({k.removeprefix("method."): v for k, v in state.items() if k.startswith("method.")})
+    return whole

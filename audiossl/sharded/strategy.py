@@ -48,8 +48,8 @@ class Autocast(DeepSpeedPrecision):
 class Zero(DeepSpeedStrategy):
     """Train with ZeRO stage 1, 2 or 3 on CUDA, or on CPU ranks with gloo.
 
-    Give the Trainer `plugins=[Autocast(precision)]` beside it, as `start.trainer_arguments` does. Saves a folder `step=N.ckpt` (see `folders`), and loads one
-    that the same number of ranks saved at the same stage.
+    Give the Trainer `plugins=[Autocast(precision)]` beside it, as `start.trainer_arguments` does. Saves a folder
+    `step=N.ckpt` (see `folders`), and loads one that the same number of ranks saved at the same stage.
     """
 
     def __init__(self, *, stage: int, precision: str):
@@ -151,4 +151,3 @@ class Zero(DeepSpeedStrategy):
             raise UserError(f"ckpt: no rank goes on, since {'; '.join(problems)}")
         if any(other != everyone[0][0] for other, _ in everyone):
             raise UserError("ckpt: the ranks found different checkpoints; do they see the same files?")
-
