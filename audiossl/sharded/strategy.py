@@ -9,7 +9,6 @@ nor a teacher that moves by 1e-4 of its way would survive.
 from __future__ import annotations
 
 import logging
-import shutil
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -107,7 +106,7 @@ class Zero(DeepSpeedStrategy):
         state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         check_plain(state)
         if self.is_global_zero and folder.exists():
-            shutil.rmtree(folder)  # of a run that died here, or that came here before it was set back
+            try_to_remove(folder)  # of a run that died here, or that came here before it was set back
         self.barrier("the folder is clear")
         self.files.begin()
         self.deepspeed_engine.save_checkpoint(str(folder), tag=TAG, client_state={"run": state})
