@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("audiossl.probes.compare", "set the results of probes side by side"),
     "detect": ("audiossl.detect", "say what happens when in audio files, by a classifier of moments"),
     "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),
+    "convert": ("audiossl.sharded.convert", "turn a checkpoint of DeepSpeed ranks into an ordinary one"),
     "export": ("audiossl.weights.exporting", "hand an encoder on: a folder, or a file for the authors' code"),
 }
 

@@ -231,7 +231,9 @@ class Checkpointing(Checkpoint):
         return [found for found in matches if found is not None]
 
     def _refuse_non_finite(self, trainer: pl.Trainer) -> None:
-        parameters = [p.detach() for p in trainer.lightning_module.parameters() if p.is_floating_point()]
+        # of a weight that is spread over the ranks (ZeRO stage 3) each looks at its piece
+        pieces = (getattr(p, "ds_tensor", p) for p in trainer.lightning_module.parameters())
+        parameters = [p.detach() for p in pieces if p.is_floating_point()]
         finite = [p.isfinite().all() for p in parameters]
         if self.ranks.maximum(bool(finite) and not torch.stack(finite).all()):
             raise UserError(

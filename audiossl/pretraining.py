@@ -167,6 +167,12 @@ class Pretraining(pl.LightningModule):
             if group["weight_decay"]:
                 group["weight_decay"] = changing.get("weight_decay", group["weight_decay"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._window:
+            return  # DeepSpeed accumulates by itself, and is asked for a step after every micro-batch
+        if self._is_sharded:
+            norm = self.trainer.strategy.gradient_norm()
+            self._refuse_non_finite(norm)
+            self.record({"grad_norm": norm})
         self.record(changing)
         if hasattr(self.method, "after_step"):
             self.method.after_step(step, self.max_steps)
@@ -176,11 +182,22 @@ class Pretraining(pl.LightningModule):
 
         Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
         """
+        if self._window:
+            return
+        if self._is_sharded:  # no rank has the whole gradient, whose norm DeepSpeed tells after a step, taken or not
+            return self._refuse_non_finite(0.0)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if self.excess is not None and gradients:
             torch._foreach_div_(gradients, self.excess.to(gradients[0].device))
         norm = torch.nn.utils.get_total_norm(gradients)
+        self._refuse_non_finite(norm)
+        self.record({"grad_norm": norm})
+
+    @property
+    def _is_sharded(self) -> bool:
+        return hasattr(self.trainer.strategy, "gradient_norm")
+
+    def _refuse_non_finite(self, norm: Tensor | float) -> None:
         loss = float(self.row["loss"])
         if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):
             raise NonFiniteError(f"step {self.global_step}: the loss is {loss:g}, the gradient's norm {float(norm):g}")
-        self.record({"grad_norm": norm})

@@ -45,6 +45,9 @@ from audiossl.running.provenance import provenance_of
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.stopping import EarlyStopping
 from audiossl.running.trace import Trace
+from audiossl.sharded.settings import is_deepspeed
+from audiossl.sharded.stage_three import has_whole_weights, put_together
+from audiossl.sharded.topology import check_layout
 from audiossl.shards import ShardData
 from audiossl.weights.origins import join_licences
 
@@ -70,7 +73,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)
     provenance = provenance_of(config, data.corpus_hash) | {"global_batch": global_batch, "vocabulary": vocabulary}
-    ckpt = _start(config, method, run_dir, provenance)
+    ckpt = _start(config, method, run_dir, provenance, layout.devices * layout.num_nodes)
     module, run_data = _module(config, method, data, optim, max_steps)
     probe = _probe(config.get("probe"))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
@@ -81,7 +84,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     memory = [Memory(run_data.replay)] if hasattr(method, "memory") else []
     stopping = EarlyStopping(**config["stopping"], metric=config["checkpoint"]["metric"], folder=run_dir)
     first = [accounts, *memory, averaging, *classes, stopping]
-    callbacks = first + _callbacks(config, run_dir, clips, probe, provenance, loggers[0])
+    callbacks = first + _callbacks(config, method, run_dir, clips, probe, provenance, loggers[0])
     trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
@@ -98,7 +101,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
         scores.complete(trainer, module, run_data.val_dataloader)
     if trainer.is_global_zero:
         about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
-        results |= report.finish(method, averaging.averages(), *about)
+        results |= report.finish(put_together(method, config, vocabulary), averaging.averages(), *about)
         report.reconcile(log, results)
         _write_json(run_dir / "results.json", results)
     trainer.strategy.barrier("end of the run")
@@ -141,10 +144,11 @@ def _module(
     return module, RunData(data, max_steps=max_steps, seed=config["seed"], crop_samples=samples)
 
 
-def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any]) -> Path | None:
+def _start(config: dict[str, Any], method, run_dir: Path, provenance: dict[str, Any], num_ranks: int) -> Path | None:
     """Find the checkpoint to resume from, else load the weights to start from; note their origin in `provenance`."""
     ckpt = resolve_ckpt(config["ckpt"], run_dir)
     if ckpt is not None:
+        check_layout(ckpt, config["trainer"]["strategy"], num_ranks)
         saved = check_same_run(ckpt, config, provenance)
         provenance |= {key: saved.get(key) for key in ("init", "licence")}
         return ckpt
@@ -176,8 +180,16 @@ def warmed_up(optim: OptimSettings, steps_per_epoch: float, max_steps: int) -> O
 
 
 def _callbacks(
-    config: dict[str, Any], run_dir: Path, clips: list, probe: ProbeCallback | None, provenance, metrics: MetricsCsv
+    config: dict[str, Any],
+    method: nn.Module,
+    run_dir: Path,
+    clips: list,
+    probe: ProbeCallback | None,
+    provenance: dict[str, Any],
+    metrics: MetricsCsv,
 ) -> list:
+    if not has_whole_weights(config, method):
+        clips, probe = [], None
     checkpoint = Checkpointing(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )
@@ -211,6 +223,12 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
         has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if has_bf16 else "32-true"
     plugins = [AtomicCheckpointIO()]
+    how = {"strategy": strategy, "precision": precision}
+    if is_deepspeed(strategy):
+        from audiossl.sharded.start import trainer_arguments
+
+        how = trainer_arguments(strategy, layout.accelerator, precision)
+        plugins = how.pop("plugins")
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     total = max_steps * accumulate
@@ -219,8 +237,7 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
         accelerator=layout.accelerator,
         devices=layout.devices,
         num_nodes=layout.num_nodes,
-        strategy=strategy,
-        precision=precision,
+        **how,
         max_steps=max_steps,
         max_epochs=-1,
         val_check_interval=min(config["validate_every_steps"] * accumulate, total) if has_validation else 1.0,

@@ -79,9 +79,11 @@ class Run:
 class Toys:
     """Start runs; close it at the end."""
 
+    script, defaults = __file__, DEFAULTS
+
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, __file__]
+        command = [sys.executable, self.script]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
         self.count = 0
 
@@ -89,8 +91,8 @@ class Toys:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.count += 1
         run = Run(run_dir, f"run{self.count}")
-        options = DEFAULTS | options
-        assert options.keys() == DEFAULTS.keys(), options
+        options = self.defaults | options
+        assert options.keys() == self.defaults.keys(), options
         job = {"folder": str(run_dir), "name": run.name, "environment": environment or {}, "options": options}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()

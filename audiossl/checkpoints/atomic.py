@@ -26,6 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from audiossl.checkpoints.files import describe_file, read_lazily
 from audiossl.errors import UserError
+from audiossl.sharded.folders import SEAL
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], check: Calla
     except BaseException:
         try_to_remove(part)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -118,6 +119,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):
         return  # renaming a link over its twin would do nothing and leave the part file
     part = _part_name(target.parent)
+    if source.is_dir():
+        return _link_folder(source, target, part)
     try:
         os.link(source, part)
     except OSError as error:
@@ -126,7 +129,28 @@ def link_or_copy(source: Path, target: Path) -> None:
             write_atomically(target, lambda out: shutil.copyfileobj(file, out, 2**22))
         return
     os.replace(part, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
+
+
+def _link_folder(source: Path, target: Path, part: Path) -> None:
+    """Let a folder of many ranks appear under a second name; for a moment it may have only the first."""
+    shutil.copytree(source, part, copy_function=link_or_copy_file)
+    if target.is_dir():
+        old = _part_name(target.parent)
+        os.replace(target, old)
+        try_to_remove(old)
+    else:
+        try_to_remove(target)
+    os.replace(part, target)
+    sync_folder(target.parent)
+
+
+def link_or_copy_file(source: str, target: str) -> None:
+    """Give a file a second name, or where the filesystem has no hard links a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def sweep(folder: Path) -> None:
@@ -142,8 +166,11 @@ def sweep(folder: Path) -> None:
 
 
 def try_to_remove(path: Path) -> bool:
-    """Remove a file; a failure is logged, never raised. True when it is gone."""
+    """Remove a file, or a folder of many ranks; a failure is logged, never raised. True when it is gone."""
     try:
+        if path.is_dir():
+            (path / SEAL).unlink(missing_ok=True)  # first, so that half of it is never taken for a whole one
+            shutil.rmtree(path)
         path.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s: cannot be removed: %s", path, error.strerror)
@@ -169,7 +196,8 @@ def _is_stale(host: str, pid: int, part: Path) -> bool:
     return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to disk, where the filesystem can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from audiossl.errors import UserError
+from audiossl.sharded.folders import SEAL, is_sharded, problem_of, read_seal
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,16 @@ def lower_is_better(metric: str) -> bool:
 
 def step_of(path: Path) -> int:
     """Read the optimiser step a checkpoint was saved at, without reading its tensors."""
+    if path.is_dir():
+        return read_seal(path)["step"]
     return read_lazily(path)["global_step"]
 
 
 def newest_valid(folder: str | Path) -> Path | None:
     """Find the complete checkpoint with the highest step, whatever the files' times; None when there is none.
 
-    Damaged files that stand before it are logged and renamed to `*.corrupt`; unreadable ones are logged and left.
+    Damaged files that stand before it are logged and renamed to `*.corrupt` (folders of many ranks that were never
+    whole to `*.incomplete`); unreadable ones are logged and left.
     """
     steps = {}
     for path in sorted(Path(folder).glob("*.ckpt")):
@@ -114,9 +118,11 @@ def _set_aside(path: Path) -> None:
     if not os.access(path, os.R_OK):
         log.warning("%s: skipped, %s", path, problem)
         return
+    # what was never whole is no loss: a run killed within its first save starts again
+    name = f"{path.name}.{'incomplete' if is_sharded(path) and not (path / SEAL).exists() else 'corrupt'}"
     try:
-        os.replace(path, f"{path}.corrupt")
-        log.warning("%s: skipped, it is %s; renamed to %s.corrupt", path, problem, path.name)
+        os.replace(path, path.with_name(name))
+        log.warning("%s: skipped, it is %s; renamed to %s", path, problem, name)
     except OSError as error:
         log.warning("%s: skipped, it is %s (and cannot be renamed: %s)", path, problem, error.strerror)
 
@@ -124,7 +130,8 @@ def _set_aside(path: Path) -> None:
 def _inspect(path: Path) -> tuple[bool, str]:
     """Give whether `path` is a complete checkpoint, and what it is; raises OSError when it cannot be read."""
     if path.is_dir():
-        return False, "a folder"
+        problem = problem_of(path) if is_sharded(path) else "a folder"
+        return problem is None, problem or f"a checkpoint of step {step_of(path)}, of many ranks"
     with path.open("rb") as file:
         head = file.read(512)
     size = path.stat().st_size

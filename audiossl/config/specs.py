@@ -9,6 +9,7 @@ from __future__ import annotations
 from audiossl.config.commands import check_finetuning, check_global_batch, check_probe
 from audiossl.config.fields import Spec
 from audiossl.config.rules import check_pretraining
+from audiossl.sharded.settings import check_sharding, refuse_sharding
 
 PRETRAIN = Spec(
     sections={
@@ -72,7 +73,7 @@ PRETRAIN = Spec(
         "trainer.precision": "| Literal['auto']",
         "probe.shards": "| None",
     },
-    checks=(check_pretraining, check_global_batch),
+    checks=(check_pretraining, check_global_batch, check_sharding),
 )
 
 FINETUNE = Spec(
@@ -113,7 +114,7 @@ FINETUNE = Spec(
         "data.std": "| None",
         "model.loss": "| Literal['auto']",
     },
-    checks=(check_pretraining, check_finetuning),
+    checks=(check_pretraining, check_finetuning, refuse_sharding),
 )
 
 PROBE = Spec(

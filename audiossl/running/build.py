@@ -12,6 +12,7 @@ from torch import nn
 
 from audiossl.config.settings import find_target, instantiate
 from audiossl.errors import UserError
+from audiossl.sharded.folders import read_state
 from audiossl.weights.initial import Start, describe_mismatch, encoder_weights
 from audiossl.weights.origins import check_frontend
 from audiossl.weights.reading import newest_checkpoint, read_torch_file
@@ -137,7 +138,7 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
     loggers and the like may change. Returns the provenance saved in it; raises `UserError` that
     names each key that changed, saved and now.
     """
-    saved = read_torch_file(path).get("audiossl")
+    saved = (read_state(path)["run"] if path.is_dir() else read_torch_file(path)).get("audiossl")
     if saved is None:
         raise UserError(f"ckpt={path}: not a checkpoint of train.py; to start from its weights use init={path}")
     pairs = {"seed": (saved["config"]["seed"], config["seed"])}

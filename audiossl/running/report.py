@@ -140,7 +140,9 @@ def _files_table(run_dir: Path) -> Table:
     table.add_column("what it is")
     for name, what in FILES:
         if (run_dir / name).exists():
-            table.add_row(name, f"{(run_dir / name).stat().st_size / 1e6:.2f}", what)
+            files = [run_dir / name, *(run_dir / name).rglob("*")]  # of many ranks it is a folder
+            num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+            table.add_row(name, f"{num_bytes / 1e6:.2f}", what)
     return table
 
 

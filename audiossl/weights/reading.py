@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
+from audiossl.sharded.folders import is_sharded
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 ZIP = b"PK\x03\x04"  # by which torch tells its files
@@ -38,8 +39,15 @@ HARMLESS = [
 
 
 def read_torch_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint's dict on the CPU; raise `UserError` naming the file if it is missing, broken or unsafe."""
+    """Read a checkpoint's dict on the CPU; raise `UserError` naming the file if it is missing, broken or unsafe.
+
+    A folder of many DeepSpeed ranks is put together, without the optimiser's state.
+    """
     path = Path(path)
+    if is_sharded(path):
+        from audiossl.sharded.whole import read_whole
+
+        return read_whole(path)
     if path.is_dir():
         found = sorted(file.name for file in path.iterdir() if file.suffix in CHECKPOINTS)[:4]
         raise UserError(f"{path}: a folder, not a file; it holds {', '.join(found) or 'no checkpoint'}")
@@ -113,7 +121,12 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """Find the newest valid checkpoint of a run's folder; raise `UserError` when there is none."""
+    """Find the newest valid checkpoint of a run's folder; raise `UserError` when there is none.
+
+    A checkpoint that is itself a folder is given back.
+    """
+    if is_sharded(run_dir):
+        return run_dir
     folder = run_dir / "checkpoints"
     found = newest_valid(folder) if folder.is_dir() else None
     if found is None:
