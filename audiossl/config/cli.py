@@ -45,7 +45,7 @@ OmegaConf.register_new_resolver("sweep_folder", folder_name, use_cache=True, rep
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_ALIASES = 50  # a few dozen nested ones fill the memory
 MADE_BY_A_RUN = ("config.yaml", "finetune.yaml", "checkpoints", "metrics.csv")
-OTHERS_RECIPE = re.compile(r"In 'experiment/([^']+)': Could not override '(\w+)'")
+OTHERS_RECIPE = re.compile(r"In '(experiment|sweep)/([^']+)': Could not override '(\w+)'")
 GROUPS = {
     "finetune.py": ("task", "tuning"),
     "train.py": ("model", "model_size", "model_data", "frontend", "data", "probe"),
@@ -171,9 +171,10 @@ def _check(
 def _first_lines(error: Exception) -> str:
     text = f"{error}\n{error.__cause__ or ''}" if isinstance(error, HydraException) else str(error)
     if recipe := OTHERS_RECIPE.search(text):
-        name, group = recipe.groups()
+        kind, name, group = recipe.groups()
+        what = "recipe" if kind == "experiment" else kind
         program = next((program for program, groups in GROUPS.items() if group in groups), "another command")
-        return f"experiment={name}: chooses a {group}, so it is a recipe of {program}; run it with that"
+        return f"{kind}={name}: chooses a {group}, so it is a {what} of {program}; run it with that"
     lines = [line.strip() for line in text.splitlines() if line.strip(" ^") and "hydra.cc" not in line]
     return "; ".join(lines[: 6 if isinstance(error, yaml.YAMLError) else 2])
 
