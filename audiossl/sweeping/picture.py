@@ -15,6 +15,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 
 SAME_LOSS = ("optim.", "trainer.", "seed", "init")  # keys that leave the meaning of the loss alone
+NAMES = {"linear": "linear probe", "knn": "kNN probe"}
 PUBLISHED_COLOURS = ("#5b6470", "#9a7b1f", "#7a4fa3")
 Row = dict[str, Any]
 
@@ -64,7 +65,7 @@ def draw(path: Path, rows: list[Row], keys: list[str], scores: list[str], look: 
     table = [row | ({line: ", ".join(str(row[key]) for key in others)} if line else {}) for row in rows]
     figure = sweep_figure(table, x=x, y=y, line=line)
     axis = figure.axes[0]
-    axis.set_ylabel(f"{y}, this sweep")
+    axis.set_ylabel(f"{NAMES.get(y, y)}, this sweep")
     values = list(dict.fromkeys(str(row[x]) for row in rows if row[y] != ""))
     numbers = [_number(value) for value in values]
     if look.scale == "log" and None not in numbers:
