@@ -77,6 +77,13 @@ def test_a_corpus_that_does_not_fit_is_one_line_with_the_numbers(tmp_path):
         train_batches(data)
 
 
+def test_a_mixture_of_corpora_may_be_resident(corpus):
+    shares = {"a": {"shards": corpus, "weight": 0.7}, "b": {"shards": corpus, "weight": 0.3}}
+    settings = dict(sources=shares, rate_hz=RATE, validation_clips=2)
+    ordinary, resident = (data_of(None, resident=resident, **settings) for resident in (False, True))
+    assert digest(train_batches(resident)) == digest(train_batches(ordinary))
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_batches_are_the_same_and_lie_there(corpus):
     ordinary, resident = both(corpus, padding="zeros", rate_hz=RATE, validation_clips=4)

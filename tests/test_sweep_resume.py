@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from test_settings import run_app
-from test_sweeps import rows_of
+from test_sweeps import make_job, rows_of
 
+from audiossl.__main__ import main
 from audiossl.config.cli import launch
 from audiossl.config.settings import plain_config
-from audiossl.config.specs import PRETRAIN
+from audiossl.config.specs import PRETRAIN, PROBE
+from audiossl.sweeping.status import read_jobs
 
 RATIOS = "model.mask_ratio=0.7,0.8,0.9"
 
@@ -123,6 +125,44 @@ def test_tasks_of_an_array_that_run_at_once_leave_one_whole_summary(tmp_path):
     assert statuses(tmp_path / "runs" / "sweep_5") == ["finished"] * 3
     assert sum("summary.csv" in process.stdout for process in done) >= 1
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sweep_5"}
+
+
+def test_a_sweep_of_probes_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran, broken = [], {"b"}
+
+    def run(cfg):
+        ran.append(cfg.init)
+        if cfg.init in broken:
+            raise ValueError("no encoder")
+        results = json.dumps({"status": "finished", "scores": {"linear": 0.5}})
+        Path(cfg.run_dir, "results.json").write_text(results)
+
+    words = ["-m", "init=a,b,c", "task=folder", "task.root=set", "hydra.sweep.dir=s"]
+    command = ["probe.py", *words, "hydra.callbacks.summary._target_=audiossl.sweeps.Summary"]
+    with pytest.raises(SystemExit):
+        launch("probe", run, PROBE, argv=command)
+    assert "ckpt" not in capsys.readouterr().out
+    broken.clear()
+    assert launch("probe", run, PROBE, argv=command) == 0
+    assert ran == ["a", "b", "c", "b"] and statuses(Path("s")) == ["finished"] * 3
+
+
+def test_a_fine_tuning_that_is_trained_but_not_tested_has_not_ended(tmp_path):
+    for number, results in enumerate([{"status": "finished"}, {"status": "finished", "format": "audiossl finetune 1"}]):
+        make_job(tmp_path / str(number), number, [f"seed={number}"], results)
+        (tmp_path / str(number) / "finetune.yaml").write_text("seed: 0")
+    jobs = read_jobs(tmp_path, [("seed=0", "ckpt=last"), ("seed=1", "ckpt=last"), ("seed=2", "ckpt=last")])
+    assert [job["status"] for job in jobs.values()] == ["no results", "finished", "missing"]
+
+
+def test_the_command_sweep_says_how_far_a_sweep_is(sweep, capsys):
+    assert sweep(RATIOS, "hydra.sweep.dir=s", stops=[0.8])[0] == 75
+    capsys.readouterr()
+    assert main(["sweep", "s"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 did not finish:\n  1: no results\n  2: missing\n" in out and "'hydra.sweeper.only=[1,2]'" in out
+    assert main(["sweep", "."]) == 2 and "holds no sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow
