@@ -77,7 +77,11 @@ def two_steps(path: Path, points, folder: Path, number: int) -> dict:
     """Run a point of a sweep for two steps of two clips."""
     from audiossl.training import fit
 
-    cfg = points(path, *TWO_STEPS, limit=None if number else 1)[number]
+    settings = TWO_STEPS
+    if path.stem == "epochs":  # 8 epochs of 3 clips are 2 steps of 16, and 40 are 8
+        settings = [word for word in TWO_STEPS if "max_steps" not in word and "batch_size" not in word]
+        settings += ["data.fraction=0.01", "data.batch_size=16"]
+    cfg = points(path, *settings, limit=None if number else 1)[number]
     return fit(plain_config(cfg) | {"run_dir": str(folder), "name": path.stem})
 
 
@@ -91,7 +95,8 @@ def test_a_point_of_a_sweep_trains(points, tmp_path):
 def test_the_first_and_the_last_point_of_each_sweep_train(path, points, tmp_path):
     is_large = path.stem in ("encoder_size", "imagenet")  # the last has 300 M weights, or weights from the hub
     for number in (0,) if is_large else (0, -1):
-        assert two_steps(path, points, tmp_path / f"run{number}", number)["steps"] == 2
+        steps = two_steps(path, points, tmp_path / f"run{number}", number)["steps"]
+        assert steps == (8 if path.stem == "epochs" and number else 2)
 
 
 @pytest.mark.slow
