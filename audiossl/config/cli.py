@@ -131,8 +131,9 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
             problem = error
         if is_sweep:
             message = mask(" ".join(f"{type(problem).__name__}: {problem}".split())[:500])
-            status = json.dumps({"status": "failed", "error": message})
-            (folder / "results.json").write_text(status, encoding="utf-8")
+            part = folder / "results.json.part"  # other tasks of an array may be reading
+            part.write_text(json.dumps({"status": "failed", "error": message}), encoding="utf-8")
+            part.replace(folder / "results.json")
 
     return job
 

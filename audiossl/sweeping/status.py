@@ -54,7 +54,10 @@ def _number(path: Path, planned: Sequence[Overrides], counting: Callable[[Mappin
     if not planned:
         about = yaml.safe_load(path.with_name("hydra.yaml").read_text(encoding="utf-8"))
         return int(about["hydra"]["job"]["num"])
-    overrides = counting(as_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or []))
+    try:
+        overrides = counting(as_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or []))
+    except yaml.YAMLError:  # another task of an array is writing it
+        return None
     keys, name = list(map(counting, planned)), path.parent.parent.name
     if name.isdecimal() and int(name) < len(keys) and keys[int(name)] == overrides:
         return int(name)
