@@ -47,6 +47,7 @@ MAX_YAML_ALIASES = 50  # a few dozen nested ones fill the memory
 MADE_BY_A_RUN = ("config.yaml", "finetune.yaml", "checkpoints", "metrics.csv")
 OTHERS_RECIPE = re.compile(r"In '(experiment|sweep)/([^']+)': Could not override '(\w+)'")
 GROUPS = {
+    "probe.py": ("protocol",),
     "finetune.py": ("task", "tuning"),
     "train.py": ("model", "model_size", "model_data", "frontend", "data", "probe"),
 }
