@@ -53,22 +53,21 @@ class Resident:
     ):
         self.device = torch.device(device)
         self.clips: dict[tuple[str, int], Samples] = {}
-        wanted = [requests.request(0, 0, clip) for clip in range(len(requests.clips))]
+        asked = (requests.request(0, 0, clip) for clip in range(len(requests.clips)))
+        wanted = list({(request.shard, request.offset): request for request in asked}.values())  # sources may share
         is_device = self.device.type == "cuda"
-        here = [request.rate_hz == rate_hz and is_device for request in wanted]
+        here = np.array([request.rate_hz == rate_hz and is_device for request in wanted], bool)
         num_bytes = 2 * np.array([request.num_frames for request in wanted], np.int64)
-        on_device, on_host = int(num_bytes[here].sum()), int(num_bytes[~np.array(here)].sum())
+        on_device, on_host = int(num_bytes[here].sum()), int(num_bytes[~here].sum())
         _refuse(on_device, torch.cuda.mem_get_info(self.device)[0] if is_device else 0, str(self.device))
         _refuse(on_host * num_sharing, free_host_bytes(), f"this host ({num_sharing} ranks share it)")
         reader = ClipDataset(rate_hz=rate_hz, crop_samples=1, padding="zeros", cache_bytes=0, remote=remote)
         with tqdm(total=len(wanted), unit="clip", desc="corpus", disable=not is_first_rank(), leave=False) as bar:
-            for request, whole in _decoded(reader, wanted):
+            for (request, whole), is_here in zip(_decoded(reader, wanted), here, strict=True):
                 bar.update()
                 if whole is not None:
-                    is_here = is_device and request.rate_hz == rate_hz
-                    self.clips[request.shard, request.offset] = (
-                        torch.from_numpy(whole).to(self.device) if is_here else whole
-                    )
+                    samples = torch.from_numpy(whole).to(self.device) if is_here else whole
+                    self.clips[request.shard, request.offset] = samples
         where = f"{on_device / GB:.2f} GB on {self.device}, " if is_device else ""
         log.info("%d clips are resident: %s%.2f GB in the host's memory", len(self.clips), where, on_host / GB)
         if len(self.clips) < len(wanted):
