@@ -2,7 +2,7 @@
 
 A probe score over one key, a line for each combination of the other keys; categories where the values are no numbers.
 What was published lies over it on an axis of its own, because it is of another set and another metric: shapes can be
-compared, heights cannot.
+compared, heights cannot. Bars are the 95 % interval of a score over the test clips, where it has one.
 """
 
 from __future__ import annotations
@@ -68,18 +68,35 @@ def draw(path: Path, rows: list[Row], keys: list[str], scores: list[str], look: 
     axis.set_ylabel(f"{NAMES.get(y, y)}, this sweep")
     values = list(dict.fromkeys(str(row[x]) for row in rows if row[y] != ""))
     numbers = [_number(value) for value in values]
+    scored = [row for row in table if row[y] != ""]
+    _draw_intervals(
+        axis, scored, [values.index(str(row[x])) if None in numbers else float(row[x]) for row in scored], y, line
+    )
     if look.scale == "log" and None not in numbers:
         axis.set_xscale("log")
         axis.set_xticks(numbers, values, minor=False)
         axis.minorticks_off()
     if look.published:
-        _overlay(axis, look.published, values, has_lines=line is not None)
+        _overlay(axis, look.published, values)
+        if line is None:
+            axis.lines[0].set_label("this sweep")
+    _move_legend(figure.axes)
     if look.title:
         axis.set_title(look.title, fontsize=10, loc="left")
     figure.savefig(path, dpi=120)
 
 
-def _overlay(axis: Axes, published: Sequence[Published], values: list[str], *, has_lines: bool) -> None:
+def _draw_intervals(axis: Axes, rows: list[Row], places: list[float], y: str, line: str | None) -> None:
+    """Draw the interval of each score that has one, in the colour of its line."""
+    names = dict.fromkeys(row.get(line) for row in rows)
+    colours = dict(zip(names, [drawn.get_color() for drawn in axis.lines], strict=True))
+    for row, place in zip(rows, places, strict=True):
+        if row.get(f"{y}_low") not in (None, ""):
+            low, high = row[f"{y}_low"], row[f"{y}_high"]
+            axis.vlines(place, low, high, colors=colours[row.get(line)], alpha=0.35, linewidth=1.5)
+
+
+def _overlay(axis: Axes, published: Sequence[Published], values: list[str]) -> None:
     """Draw published curves, dashed, over the values that were swept (all of theirs where those are numbers)."""
     is_number = all(_number(value) is not None for value in values)
     twin = axis.twinx()
@@ -94,15 +111,17 @@ def _overlay(axis: Axes, published: Sequence[Published], values: list[str], *, h
     twin.set_ylabel(f"published {', '.join(dict.fromkeys(curve.metric for curve in published))}", color="#5b6470")
     twin.tick_params(axis="y", colors="#5b6470")
     twin.spines[["top", "left"]].set_visible(False)
-    if not has_lines:
-        axis.lines[0].set_label("this sweep")
-    handles, labels = (
-        a + b for a, b in zip(axis.get_legend_handles_labels(), twin.get_legend_handles_labels(), strict=True)
-    )
-    if axis.get_legend() is not None:
-        axis.get_legend().remove()
-    figure = axis.figure
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=2 if has_lines else 1)
+
+
+def _move_legend(axes: Sequence[Axes]) -> None:
+    """Put what names the lines below the picture, where it covers none of them."""
+    entries = [entry for axis in axes for entry in zip(*axis.get_legend_handles_labels(), strict=True)]
+    if axes[0].get_legend() is not None:
+        axes[0].get_legend().remove()
+    if entries:
+        columns = 1 if len(axes) > 1 and len(entries) < 4 else 2
+        handles, labels = zip(*entries, strict=True)
+        axes[0].figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
 
 
 def _number(value: str) -> float | None:
