@@ -150,7 +150,7 @@ def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[st
             f"dry_run=true: {program} cannot be planned; how many steps and folds there are is up to the labelled set. "
             "Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
         )
-    if not _is_first_process():
+    if not is_first_process():
         return 0
     from audiossl.planning.dryrun import show
 
