@@ -373,7 +373,7 @@ def test_every_shipped_config_passes_the_checks(path, monkeypatch):
 def test_hydras_own_flags_work_untouched(tmp_path):
     shown = run_app(tmp_path, "--cfg", "job", "trainer.max_steps=150", app=ROOT / "train.py")
     assert shown.returncode == 0 and "max_steps: 150" in shown.stdout
-    assert "== Configuration groups ==" in run_app(tmp_path, "--help", app=ROOT / "train.py").stdout
+    assert "\nGroups:\n" in run_app(tmp_path, "--help", app=ROOT / "train.py").stdout
 
 
 def test_checking_a_config_imports_neither_torch_nor_lightning():
