@@ -23,6 +23,7 @@ from torch import nn
 
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
 from audiossl.checkpoints.files import step_of
+from audiossl.checkpoints.generators import seed_generators
 from audiossl.checkpoints.preemption import Preemption
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
 from audiossl.config.settings import instantiate
@@ -119,7 +120,7 @@ def _build(config: dict[str, Any], run_dir: Path) -> tuple[ShardData, nn.Module,
     with_labels = needs_labels(config)
     data = ShardData(**config["data"], default_rate_hz=frontend.rate_hz, run_dir=run_dir, needs_labels=with_labels)
     vocabulary = data.index.vocabulary if with_labels or takes_classes(config) else None
-    torch.manual_seed(config["seed"])  # the initial weights
+    seed_generators(config["seed"])  # the initial weights, and what users' callbacks draw
     return data, method_from_config(config, frontend=frontend, vocabulary=vocabulary), vocabulary
 
 

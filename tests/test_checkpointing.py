@@ -26,9 +26,11 @@ def invalid(folder: Path) -> list[str]:
     return [path.name for path in (folder / "checkpoints").glob("*.ckpt") if is_valid(path)]
 
 
-KILL_POINTS = ["mid-write", "before fsync", "before rename", "before last", "last half done", "during removal"]
+KILL_POINTS = ["before temp", "mid-write", "before fsync", "before rename", "before last", "last half done"]
+KILL_POINTS += ["during removal"]
 
 
+@pytest.mark.faults("P2")
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_kill_9_within_a_save_leaves_a_valid_checkpoint_to_go_on_from(toys, tmp_path, point):
     code, run = toys.run(tmp_path, keep_last=1, fault={"kill": point})
@@ -57,14 +59,17 @@ def kill_and_resume(toys, folder: Path, times: int) -> None:
             assert step_of(newest_valid(folder / "checkpoints")) >= acknowledged > done
             assert len(names(folder, ".tmp-*")) <= 1, "the part file of the run before was not swept"
             done = acknowledged
-        assert os.listdir(temporary) == []
+        code, run = toys.run(folder, {"TMPDIR": temporary}, steps=done + 1, every_steps=1, size=8000, ckpt="must")
+        assert code == 0 and names(folder, ".tmp-*") == os.listdir(temporary) == [], run.output()
 
 
+@pytest.mark.faults("P1")
 def test_kill_9_at_random_moments_never_costs_a_saved_step(toys, tmp_path):
     kill_and_resume(toys, tmp_path, 3)
 
 
 @pytest.mark.slow
+@pytest.mark.faults("P1")
 def test_kill_9_thirty_times_never_costs_a_saved_step(toys, tmp_path):
     kill_and_resume(toys, tmp_path, 30)
 

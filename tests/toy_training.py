@@ -29,9 +29,11 @@ DEFAULTS = {
     "metric": None,
     "ckpt": None,
     "validate_every": None,
+    "sanity": 0,  # batches of validation before the first step
     "num_workers": 0,
     "size": 10,  # kB of extra weights
     "pause": 0.0,  # seconds per micro-batch
+    "fit": None,  # the real training instead, see `fits`
     "fault": {},  # kill: POINT | signals: [...], at: PLACE, step: N | nan: STEP | anything of `toy_faults.prepare`
 }
 
@@ -127,7 +129,7 @@ def serve() -> None:
     import toy_faults  # noqa: F401
     import toy_model  # noqa: F401
 
-    import audiossl.checkpoints.preemption  # noqa: F401
+    import audiossl.training  # noqa: F401
 
     gc.freeze()  # forks share the memory of what is there now
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -165,6 +167,10 @@ def supervise(job: dict) -> None:
         os.dup2(output, 2)
         os.environ.update(job["environment"])
         (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
+        if job["options"]["fit"]:
+            import fits
+
+            return fits.train(folder, **job["options"]["fit"])
         return train(folder, name, **job["options"])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     (folder / f"{name}.code").write_text(f"{code}\n")
@@ -220,7 +226,7 @@ def fit(model, folder: Path, options: dict) -> None:
         accumulate_grad_batches=options["accumulate"],
         val_check_interval=(options["validate_every"] or 1) * options["accumulate"],
         limit_val_batches=1.0 if options["validate_every"] else 0,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=options["sanity"],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
