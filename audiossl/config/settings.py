@@ -3,16 +3,17 @@
 Every section is bound to a callable, by its own `_target_` or by the command's `Spec`, and the callable's signature
 (read by `schema.py`, without importing it) says which keys there are and what they may hold. So a misspelt key, a word
 where a number belongs or a forgotten value ends in one line before torch is imported. Secrets are never written, and
-`_target_` reaches only a few packages.
+`_target_` reaches only modules and dataclasses of a few packages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -118,21 +119,48 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 def instantiate(section: DictConfig | Mapping[str, Any], target: str | None = None, /, **code_args: Any) -> Any:
     """Build the object of a section: import its `_target_` (or `target`) and call it with the section's keys.
 
-    Mappings inside that have a `_target_` are built first. `code_args` come on top. Raises `UserError` when the target
-    is not allowed: the object must be defined in the package that its name begins with.
+    Mappings inside that have a `_target_` are built first. `code_args` come on top. Raises `UserError` when any target
+    in it, however deep, is not one of `find_target`'s, and then nothing is built: the section may be of a stranger's
+    checkpoint.
     """
     tree = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
-    function = find_target(str(tree.pop("_target_", None) or target))
-    arguments = {k: instantiate(v) if isinstance(v, dict) and "_target_" in v else v for k, v in tree.items()}
-    return function(**arguments, **code_args)
+    return _build({"_target_": target} | tree, code_args, {name: find_target(name) for name in _targets(tree, target)})
 
 
-def find_target(target: str) -> Callable[..., Any]:
-    """Import the class or function at a dotted path; raises `UserError` as `instantiate` does."""
+def _targets(tree: Any, default: str | None = None) -> Iterator[str]:
+    """Walk to every target in a tree of mappings and lists."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree or default:
+            yield str(tree.get("_target_") or default)
+        for value in tree.values():
+            yield from _targets(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _targets(value)
+
+
+def _build(tree: Mapping[str, Any], code_args: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    arguments = {
+        key: _build(value, {}, classes) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in tree.items()
+        if key != "_target_"
+    }
+    return classes[str(tree["_target_"])](**arguments, **code_args)
+
+
+def find_target(target: str) -> type:
+    """Import the class at a dotted path, of an allowed package, defined there, and a module of torch or a dataclass.
+
+    A class of another kind, or a function, might do anything when it is called with a stranger's arguments.
+    """
+    from torch import nn
+
     check_target("_target_", target)
     module, _, name = target.rpartition(".")
-    function = getattr(importlib.import_module(module), name, None)
-    home = getattr(function, "__module__", "")
-    if not (inspect.isclass(function) or inspect.isfunction(function)) or home.split(".")[0] != target.split(".")[0]:
-        raise UserError(f"_target_={target}: is not a class or function of {target.split('.')[0]}")
-    return function
+    found = getattr(importlib.import_module(module), name, None)
+    home = getattr(found, "__module__", "").split(".")[0]
+    if not inspect.isclass(found) or home != target.split(".")[0]:
+        raise UserError(f"_target_={target}: is not a class of {target.split('.')[0]}")
+    if not (issubclass(found, nn.Module) or dataclasses.is_dataclass(found)):
+        raise UserError(f"_target_={target}: is neither a module of torch nor a dataclass, so no config may build it")
+    return found
