@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
 from audiossl.checkpoints.files import step_of
 from audiossl.checkpoints.generators import seed_generators
 from audiossl.checkpoints.preemption import Preemption
+from audiossl.checkpoints.runlock import locked
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
@@ -40,6 +43,7 @@ from audiossl.running.build import check_same_run, method_from_config, needs_lab
 from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.running.classscores import score_classes_of
 from audiossl.running.devices import Layout, plan
+from audiossl.running.lastwords import LastWords
 from audiossl.running.loggers import MetricsCsv, build_loggers
 from audiossl.running.provenance import provenance_of
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
@@ -59,10 +63,15 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     Without the sections `probe`, `alarm` and `pictures` there is none. `prepare` is shown the method first.
     Raises `UserError` for what the user can mend, `Preempted` (a `SystemExit` with code 75 or 130) when asked to leave.
     """
-    started = time.time()
-    _quieten()
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        return _fit(config, run_dir, prepare)
+
+
+def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], None] | None) -> dict[str, Any]:
+    started = time.time()
+    _quieten()
     layout = _layout(config["trainer"])
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
@@ -184,6 +193,7 @@ def _callbacks(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )
     callbacks = [
+        LastWords(run_dir, config["trainer"]["timeout_seconds"]),
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
         Rows(metrics),
@@ -206,9 +216,12 @@ def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_
     accumulate = settings["accumulate_grad_batches"]
     for ours in ("accelerator", "devices", "num_nodes", "max_steps", "max_epochs", "strategy", "precision"):
         settings.pop(ours)
+    patience = timedelta(seconds=settings.pop("timeout_seconds"))
     strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]
     if strategy == "auto":
         strategy = "ddp" if layout.devices * layout.num_nodes > 1 else "auto"
+    if strategy == "ddp":
+        strategy = DDPStrategy(timeout=patience)
     if precision == "auto":
         has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if has_bf16 else "32-true"

@@ -15,6 +15,7 @@ def trace(path):
         return [row["keys"].split() for row in csv.DictReader(file)]
 
 
+@pytest.mark.faults("X9")
 def test_two_ranks_see_disjoint_clips_and_train_as_one(folder_shards, tmp_path):
     common = [*TINY, "data=folder", f"data.shards={folder_shards}", "trainer.max_steps=6", "trace=true"]
     train(*common, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two", cwd=tmp_path)

@@ -26,6 +26,7 @@ DEFAULTS = {
     "every_minutes": None,
     "keep_last": 3,
     "keep_best": 0,
+    "max_failed_saves": 0,
     "metric": None,
     "ckpt": None,
     "validate_every": None,
@@ -57,6 +58,9 @@ class Run:
     @property
     def pid(self) -> int:
         return int(self._read("pid"))
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 60.0) -> int:
         return int(self._read("code", seconds))
@@ -213,7 +217,8 @@ def fit(model, folder: Path, options: dict) -> None:
     from audiossl.checkpoints.preemption import Preemption
 
     ckpt = resolve_ckpt(options["ckpt"], folder)
-    settings = {k: options[k] for k in ("every_steps", "every_minutes", "keep_last", "keep_best", "metric")}
+    names = ("every_steps", "every_minutes", "keep_last", "keep_best", "max_failed_saves", "metric")
+    settings = {name: options[name] for name in names}
     checkpointing = Checkpointing(folder=folder / "checkpoints", provenance={"config": {"seed": 7}}, **settings)
     world = int(os.environ.get("WORLD_SIZE", 1))
     plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -111,6 +111,7 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     @functools.wraps(run)
     def job(cfg: DictConfig) -> None:
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        _mask_what_hydra_wrote()
         try:
             codes.append(run(cfg) or 0)
             return
@@ -130,6 +131,15 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
             Path(HydraConfig.get().runtime.output_dir, "results.json").write_text(status, encoding="utf-8")
 
     return job
+
+
+def _mask_what_hydra_wrote() -> None:
+    """Take secrets that stood on the command line out of the job's `.hydra` folder."""
+    job = HydraConfig.get()
+    for path in Path(job.runtime.output_dir, job.output_subdir or "").glob("*.yaml") if job.output_subdir else ():
+        text = path.read_text(encoding="utf-8")
+        if (masked := mask(text)) != text:
+            path.write_text(masked, encoding="utf-8")
 
 
 def _check(

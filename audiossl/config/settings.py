@@ -24,9 +24,9 @@ from audiossl.config.rules import check_value, show
 from audiossl.config.schema import Type
 from audiossl.errors import UserError
 
-SECRET_KEY = re.compile(
-    r"(^|_)(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth)_?key)$", re.I
-)
+SECRET_WORDS = r"(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|private|auth)_?key)"
+SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
+SECRET_GIVEN = re.compile(rf"((?:\b|_){SECRET_WORDS}\s*[=:]\s*['\"]?)(?!\$\{{)[^\s,'\"}}]+", re.I)
 SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 MASK = "***"
 
@@ -94,7 +94,10 @@ def _leaves(node: DictConfig, fields: Fields, prefix: str = "") -> Iterator[tupl
 
 
 def mask(tree: Any, name: str = "") -> Any:
-    """Replace secrets by ***: values of keys that look like one, passwords in URLs, values of secret variables."""
+    """Replace secrets by ***: values of keys that look like one, passwords in URLs, values of secret variables.
+
+    A text, such as a command line or a whole file, is searched for all of these.
+    """
     if isinstance(tree, dict):
         return {key: mask(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -106,7 +109,7 @@ def mask(tree: Any, name: str = "") -> Any:
     for variable, secret in os.environ.items():
         if len(secret) >= 8 and SECRET_KEY.search(variable):
             tree = tree.replace(secret, MASK)
-    return SECRET_URL.sub(MASK, tree)
+    return SECRET_GIVEN.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, tree))
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

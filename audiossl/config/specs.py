@@ -66,6 +66,7 @@ PRETRAIN = Spec(
     types={
         "trainer.max_steps": "| None",
         "trainer.precision": "| Literal['auto']",
+        "trainer.timeout_seconds": "float",
         "probe.shards": "| None",
     },
 )
