@@ -45,10 +45,11 @@ class Checkpointing(Checkpoint):
     every_steps: optimiser steps between two saves, or None; every_minutes: the same by rank 0's clock, or None.
     metric: a name in `trainer.callback_metrics` that ranks the best (lower is better when "loss" or "error" is in the
     name); where a run without validation has no such metric, the mean training loss since the last save ranks them.
-    provenance: plain types only, saved under "audiossl". Raises `UserError` when a save fails, on all ranks, or when
-    the weights are not finite: nothing that cannot be loaded, and no NaN, is ever a checkpoint. The trainer needs
-    `plugins=[AtomicCheckpointIO()]`. A moving average of the weights must be updated in `optimizer_step`, since
-    Lightning calls the module's `on_train_batch_end` after the callbacks'.
+    provenance: plain types only, saved under "audiossl". Raises `UserError`, on all ranks, when more than
+    `max_failed_saves` saves in a row fail, or the last one, or when the weights are not finite: nothing that cannot be
+    loaded, and no NaN, is ever a checkpoint. The trainer needs `plugins=[AtomicCheckpointIO()]`. A moving average of
+    the weights must be updated in `optimizer_step`, since Lightning calls the module's `on_train_batch_end` after the
+    callbacks'.
 
     Not Lightning's ModelCheckpoint: that has one trigger each, saves only what it decides itself (a signal cannot ask),
     picks "last" by the files' times without a look inside, and in a folder without last.ckpt starts again from step 0.
@@ -66,8 +67,10 @@ class Checkpointing(Checkpoint):
         keep_best: int,
         metric: str | None,
         provenance: dict[str, Any],
+        max_failed_saves: int = 0,
     ):
         for name, value, least in (
+            ("max_failed_saves", max_failed_saves, 0),
             ("every_steps", every_steps, 1),
             ("keep_last", keep_last, 1),
             ("keep_best", keep_best, 0),
@@ -79,10 +82,11 @@ class Checkpointing(Checkpoint):
         self.folder = Path(folder)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
-        self.provenance = provenance
+        self.provenance, self.max_failed_saves = provenance, max_failed_saves
         self.ranks = Ranks()
         self.is_at_boundary = False  # between two optimiser steps, not within an accumulation window
-        self._seen_step = self._saved_step = -1
+        self._seen_step = self._saved_step = self._failed_step = -1
+        self._failed_saves = 0  # in a row
         self._saved_at = 0.0
         self._losses: list[Any] = [0.0, 0]  # sum and count since the last candidate
         self._judged: float | None = None
@@ -133,7 +137,7 @@ class Checkpointing(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._saved_step != trainer.global_step:
-            self.save(trainer)
+            self.save(trainer, is_last=True)
             self._judge(trainer)
         if self.metric and self.keep_best and self._judged is None and trainer.enable_validation:
             known = ", ".join(trainer.callback_metrics) or "none"
@@ -157,12 +161,17 @@ class Checkpointing(Checkpoint):
         self._losses = [state_dict["loss_sum"], state_dict["loss_count"]]
         self._generators = state_dict["generators"]
 
-    def save(self, trainer: pl.Trainer) -> Path:
-        """Save the state between two optimiser steps (call it on all ranks); returns the file."""
+    def save(self, trainer: pl.Trainer, is_last: bool = False) -> Path | None:
+        """Save the state between two optimiser steps (call it on all ranks); returns the file.
+
+        None for a save that failed, while no more than `max_failed_saves` in a row have; of the last step it raises.
+        """
         step = trainer.global_step
         path = self.folder / f"step={step:09d}.ckpt"
         if self._saved_step == step:
             return path
+        if self._failed_step == step and not is_last:
+            return None
         self._refuse_non_finite(trainer)
         self._losses = self.ranks.mean(self._losses)
         error = None
@@ -177,9 +186,15 @@ class Checkpointing(Checkpoint):
             except OSError as failure:
                 error = UserError(f"{self.folder / 'last.ckpt'}: not updated, {failure.strerror}; {path.name} is saved")
                 error.__cause__ = failure
-        if self.ranks.maximum(error is not None):
-            raise error or UserError(f"{path}: not saved, another rank failed to; its log says why")
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_at = time.monotonic()
+        if failed := self.ranks.maximum(0 if error is None else 1 if isinstance(error, UserError) else 2):
+            self._failed_step, self._failed_saves = step, self._failed_saves + 1
+            error = error or UserError(f"{path}: not saved, another rank failed to; its log says why")
+            if failed == 2 or is_last or self._failed_saves > self.max_failed_saves:
+                raise error
+            log.error("%s; going on, %d of %d failed saves in a row", error, self._failed_saves, self.max_failed_saves)
+            return None
+        self._saved_step, self._failed_saves = step, 0
         if trainer.is_global_zero:
             log.info("saved %s", path)
             for old in sorted(self.folder.glob("step=*.ckpt"), reverse=True)[self.keep_last :]:
@@ -217,7 +232,7 @@ class Checkpointing(Checkpoint):
         if not self.ranks.maximum(trainer.is_global_zero and wanted):
             return
         path = self.save(trainer)
-        if not trainer.is_global_zero:
+        if path is None or not trainer.is_global_zero:
             return
         best = f"best-step={trainer.global_step:09d}-{name}={value:.6g}.ckpt"
         link_or_copy(path, self.folder / best)

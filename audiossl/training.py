@@ -15,15 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 import yaml
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 
-from audiossl.checkpointing import AtomicCheckpointIO, Checkpointing, resolve_ckpt
+from audiossl.checkpointing import Checkpointing, resolve_ckpt
 from audiossl.checkpoints.files import step_of
+from audiossl.checkpoints.generators import seed_generators
 from audiossl.checkpoints.preemption import Preemption
+from audiossl.checkpoints.runlock import locked
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
 from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
@@ -40,12 +39,13 @@ from audiossl.running.build import check_same_run, method_from_config, needs_lab
 from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.running.classscores import score_classes_of
 from audiossl.running.devices import Layout, layout_of
+from audiossl.running.lastwords import LastWords
 from audiossl.running.loggers import MetricsCsv, build_loggers
 from audiossl.running.provenance import provenance_of
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.stopping import EarlyStopping
 from audiossl.running.trace import Trace
-from audiossl.sharded.settings import is_deepspeed
+from audiossl.running.trainer import build_trainer
 from audiossl.sharded.stage_three import has_whole_weights, put_together
 from audiossl.sharded.topology import check_layout
 from audiossl.shards import ShardData
@@ -62,10 +62,15 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     Without the sections `probe`, `alarm` and `pictures` there is none. `prepare` is shown the method first.
     Raises `UserError` for what the user can mend, `Preempted` (a `SystemExit` with code 75 or 130) when asked to leave.
     """
-    started = time.time()
-    _quieten()
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        return _fit(config, run_dir, prepare)
+
+
+def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], None] | None) -> dict[str, Any]:
+    started = time.time()
+    _quieten()
     layout = layout_of(config["trainer"], gpus_per_node=config.get("assume", {}).get("gpus_per_node", 8))
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
@@ -85,7 +90,7 @@ def fit(config: dict[str, Any], *, prepare: Callable[[nn.Module], None] | None =
     stopping = EarlyStopping(**config["stopping"], metric=config["checkpoint"]["metric"], folder=run_dir)
     first = [accounts, *memory, averaging, *classes, stopping]
     callbacks = first + _callbacks(config, method, run_dir, clips, probe, provenance, loggers[0])
-    trainer = _trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
+    trainer = build_trainer(config, layout, max_steps, loggers, callbacks, has_validation=data.num_validation_clips > 0)
     if trainer.is_global_zero:
         _write_provenance(run_dir, config, provenance)
         report.announce(log, method, data, layout, max_steps, global_batch, run_dir)
@@ -130,7 +135,7 @@ def _build(config: dict[str, Any], run_dir: Path) -> tuple[ShardData, nn.Module,
     with_labels = needs_labels(config)
     data = ShardData(**config["data"], default_rate_hz=frontend.rate_hz, run_dir=run_dir, needs_labels=with_labels)
     vocabulary = data.index.vocabulary if with_labels or takes_classes(config) else None
-    torch.manual_seed(config["seed"])  # the initial weights
+    seed_generators(config["seed"])  # the initial weights, and what users' callbacks draw
     return data, method_from_config(config, frontend=frontend, vocabulary=vocabulary), vocabulary
 
 
@@ -194,6 +199,7 @@ def _callbacks(
         **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
     )
     callbacks = [
+        LastWords(run_dir, config["trainer"]["timeout_seconds"]),
         Throughput(config["trainer"]["log_every_n_steps"]),
         Forensics(run_dir),
         Rows(metrics),
@@ -209,47 +215,6 @@ def _callbacks(
         every_steps = config["pictures"]["every_steps"]
         callbacks.append(Pictures(every_steps=every_steps, clips=clips, folder=run_dir / "pictures"))
     return callbacks + ([] if probe is None else [probe])
-
-
-def _trainer(config, layout: Layout, max_steps: int, loggers, callbacks, *, has_validation: bool) -> pl.Trainer:
-    settings = dict(config["trainer"])
-    accumulate = settings["accumulate_grad_batches"]
-    for ours in ("accelerator", "devices", "num_nodes", "max_steps", "max_epochs", "strategy", "precision"):
-        settings.pop(ours)
-    strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]
-    if strategy == "auto":
-        strategy = "ddp" if layout.total > 1 else "auto"
-    if precision == "auto":
-        has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16-mixed" if has_bf16 else "32-true"
-    plugins = [AtomicCheckpointIO()]
-    how = {"strategy": strategy, "precision": precision}
-    if is_deepspeed(strategy):
-        from audiossl.sharded.start import trainer_arguments
-
-        how = trainer_arguments(strategy, layout.accelerator, precision)
-        plugins = how.pop("plugins")
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    total = max_steps * accumulate
-    return pl.Trainer(
-        **settings,
-        accelerator=layout.accelerator,
-        devices=layout.devices,
-        num_nodes=layout.num_nodes,
-        **how,
-        max_steps=max_steps,
-        max_epochs=-1,
-        val_check_interval=min(config["validate_every_steps"] * accumulate, total) if has_validation else 1.0,
-        limit_val_batches=1.0 if has_validation else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=plugins,
-        default_root_dir=config["run_dir"],
-    )
 
 
 def _write_provenance(run_dir: Path, config: dict[str, Any], provenance: dict[str, Any]) -> None:

@@ -23,11 +23,49 @@ def golden_cases(pattern: str) -> list[Path]:
     return list(found.values())
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--faults", metavar="IDS", help="tests of these faults only: R1,P2 (docs/faults.md)")
+
+
+def faults_of(item: pytest.Item) -> list[str]:
+    """List the ids of the faults that a test is of."""
+    return [name for marker in item.iter_markers("faults") for name in marker.args]
+
+
+def pytest_collection_modifyitems(config, items):
     """Put files that run whole trainings first: each goes to one worker, and a long one at the end keeps one idle."""
+    wanted = {name.strip() for name in (config.getoption("--faults") or "").split(",") if name.strip()}
+    for item in items:
+        item.user_properties.append(("faults", " ".join(faults_of(item))))
+    if wanted:
+        left_out = [item for item in items if not wanted & set(faults_of(item))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if wanted & set(faults_of(item))]
     runs = re.compile(r"^from (commands|finetunes|methods|processes|toy_\w+) import", re.MULTILINE)
     is_long = {path: bool(runs.search(path.read_text())) for path in {item.path for item in items}}
     items.sort(key=lambda item: not is_long[item.path])
+
+
+def pytest_report_teststatus(report):
+    """Say with -v of which faults a test is."""
+    ids = dict(report.user_properties).get("faults")
+    if ids and report.when == "call" and report.passed:
+        return "passed", ".", f"PASSED ({ids})"
+    return None
+
+
+def pytest_collection_finish(session):
+    """List the tests of each fault: `pytest -m faults --collect-only`."""
+    if not session.config.option.collectonly or "faults" not in session.config.option.markexpr:
+        return
+    found: dict[str, dict[str, None]] = {}
+    for item in session.items:
+        for name in faults_of(item):
+            found.setdefault(name, {})[item.nodeid.partition("[")[0]] = None
+    print()
+    for name in sorted(found, key=lambda name: (name[0], int(name[1:]))):
+        print(f"{name:4}", f"\n{'':5}".join(found[name]))
+    print()
 
 
 def pytest_make_parametrize_id(config, val, argname):

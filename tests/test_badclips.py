@@ -23,6 +23,7 @@ def counted(ledger: BadClips, pattern: str, first: int = 0) -> BadClips:
     return ledger
 
 
+@pytest.mark.faults("D3")
 @pytest.mark.parametrize(("num_bad", "is_fatal"), [(0, False), (9, False), (10, False), (11, True)])
 def test_a_corpus_may_be_bad_up_to_the_limit_and_the_message_has_count_limit_and_three_examples(num_bad, is_fatal):
     """D3: 0, 0.9, 1.0 and 1.1 % with a limit of 1 %."""
@@ -39,6 +40,7 @@ def test_a_corpus_may_be_bad_up_to_the_limit_and_the_message_has_count_limit_and
     assert not ledger.visited[101:].any()
 
 
+@pytest.mark.faults("D1", "D3")
 def test_the_limit_counts_for_small_corpora_too_and_can_be_raised():
     """D1: 6 among 100 pass with a limit of 10 %."""
     with pytest.raises(UserError, match="2 of 100 clips"):
@@ -52,6 +54,7 @@ def test_a_hopeless_corpus_of_millions_need_not_be_read_to_one_percent():
     counted(ledger_of(2_000_000), ("x" + "." * 59) * 200)  # 1.7 % of what was met: chance, or not, nobody knows yet
 
 
+@pytest.mark.faults("D3")
 def test_a_hundred_bad_clips_in_a_row_stop_the_run_across_batches():
     """D3: within 101, also where one batch holds more."""
     counted(ledger_of(1000, 1.0), "x" * 99 + "." + "x" * 99)
@@ -67,6 +70,7 @@ def test_a_hundred_bad_clips_in_a_row_stop_the_run_across_batches():
         counted(ledger_of(1000, 1.0, max_in_a_row=7), "x" * 8)
 
 
+@pytest.mark.faults("D10")
 def test_a_run_without_a_single_readable_clip_ends_in_its_first_epoch(tmp_path):
     """D10, F27: whatever the limits allow."""
     shards = write_shards(tmp_path / "bad", [[clip(f"{s}{i}", b"no audio", 900) for i in range(15)] for s in "ab"])

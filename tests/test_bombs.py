@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 from conftest import ROOT
 from tiny_shards import audio, clip, noise, write_shards
@@ -72,6 +73,7 @@ def announcing(num_frames: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.faults("S8")
 def test_a_tiny_flac_that_decodes_or_claims_to_decode_to_hours_costs_no_memory(tmp_path):
     """S8, F34: error or crop, in less than 300 MB and a second, with a cache and without."""
     good, false = audio(noise(0, 8000)), announcing(2**36 - 1)
@@ -129,6 +131,7 @@ def index_bomb(folder: Path, name: str) -> None:
             tar.addfile(member, io.BytesIO(bytes(2**27)))
 
 
+@pytest.mark.faults("S8")
 def test_a_shard_that_claims_to_be_huge_is_named_and_costs_no_memory(tmp_path):
     """S8, F34."""
     expected = {"good": "clips", "false length": "announces", "1 TiB header": "cut in the data", "gz": "gunzip"}
@@ -167,6 +170,7 @@ class Planted:
         return Path.touch, (self.marker,)
 
 
+@pytest.mark.faults("S5")
 def test_pickles_in_a_shard_are_passed_over_and_never_loaded(tmp_path):
     """S5, F31: from the index to the batch."""
     marker = tmp_path / "executed"
@@ -211,6 +215,7 @@ print("EVENTS", events)
 """
 
 
+@pytest.mark.faults("S6")
 def test_shards_that_name_a_command_or_a_stream_start_no_process_and_open_no_socket(tmp_path):
     """S6: schemes in the setting, and a file of that name, and GOPEN_REWRITE, which webdataset obeys."""
     patterns = [f"pipe:touch {tmp_path}/ran", "pipe:cat x.tar", "http://127.0.0.1:9/x.tar", "file:///etc/passwd", "-"]
@@ -228,6 +233,7 @@ def test_shards_that_name_a_command_or_a_stream_start_no_process_and_open_no_soc
         assert sum(f"'{scheme}" in line and "not allowed" in line for line in said) >= 2, (pattern, said)
 
 
+@pytest.mark.faults("S6")
 def test_a_shard_in_an_index_that_names_a_command_is_refused(tmp_path):
     """S6: manifests."""
     write_shards(tmp_path / "s", [[clip("a", audio(noise(0, 900)), 900)]])
@@ -240,6 +246,7 @@ def test_a_shard_in_an_index_that_names_a_command_is_refused(tmp_path):
     assert "is not allowed" in done.stdout and "EVENTS []" in done.stdout and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.faults("S7", "D7")
 def test_links_devices_and_names_that_climb_out_are_listed_and_touch_nothing(tmp_path):
     """S7, D7: nothing is ever extracted, and a link leads nowhere."""
     outside = tmp_path / "outside.flac"
@@ -267,6 +274,7 @@ def test_links_devices_and_names_that_climb_out_are_listed_and_touch_nothing(tmp
     assert listed.count("control characters") == 1
 
 
+@pytest.mark.faults("S7", "S15")
 def test_no_code_of_ours_extracts_a_tar_or_unpickles():
     """S7, S15: what could is nowhere called."""
     for path in (ROOT / "audiossl").rglob("*.py"):

@@ -67,6 +67,7 @@ def overwrite_with_html(path: Path) -> None:
     path.write_text("<!DOCTYPE html><html>404</html>")
 
 
+@pytest.mark.faults("P9")
 @pytest.mark.parametrize(
     "damage, said",
     [(truncate, "truncated"), (empty, "empty"), (flip_a_bit, "checksum"), (overwrite_with_html, "HTML")],
@@ -81,6 +82,7 @@ def test_a_damaged_newest_checkpoint_is_renamed_and_the_one_before_taken(run_dir
     assert "resuming from" in caplog.text and "step 6" in caplog.text
 
 
+@pytest.mark.faults("P9")
 def test_a_run_goes_on_from_the_second_newest_when_the_newest_is_damaged(toys, run_dir):
     flip_a_bit(run_dir / "checkpoints" / "step=000000008.ckpt")
     code, run = toys.run(run_dir, ckpt="last")
@@ -88,6 +90,7 @@ def test_a_run_goes_on_from_the_second_newest_when_the_newest_is_damaged(toys, r
     assert run.losses()[0].startswith("7 ")
 
 
+@pytest.mark.faults("P17")
 def test_the_highest_step_is_the_newest_whatever_times_and_names_say(run_dir):
     checkpoints = run_dir / "checkpoints"
     (checkpoints / "last.ckpt").unlink()
@@ -96,6 +99,7 @@ def test_the_highest_step_is_the_newest_whatever_times_and_names_say(run_dir):
     assert newest_valid(checkpoints) == checkpoints / "copied.ckpt"
 
 
+@pytest.mark.faults("P10")
 def test_without_a_checkpoint_last_starts_aloud_and_must_refuses(tmp_path, caplog):
     assert resolve_ckpt(None, tmp_path) is None
     assert resolve_ckpt("last", tmp_path) is None
@@ -104,6 +108,7 @@ def test_without_a_checkpoint_last_starts_aloud_and_must_refuses(tmp_path, caplo
         resolve_ckpt("must", tmp_path)
 
 
+@pytest.mark.faults("P9")
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(run_dir):
     for path in (run_dir / "checkpoints").glob("*.ckpt"):
         path.write_bytes(b"")
@@ -118,6 +123,7 @@ def write_safetensors(path: Path) -> None:
     save_file({"weight": torch.ones(3)}, path)
 
 
+@pytest.mark.faults("C10")
 @pytest.mark.parametrize(
     "write, said",
     [
@@ -137,6 +143,7 @@ def test_a_path_that_is_no_checkpoint_is_refused_saying_what_it_is(tmp_path, wri
         resolve_ckpt(tmp_path / "given.ckpt", tmp_path)
 
 
+@pytest.mark.faults("C10", "P9")
 def test_a_missing_path_and_a_truncated_one_are_refused_naming_them(run_dir):
     with pytest.raises(UserError, match="nowhere.ckpt: no such file"):
         resolve_ckpt("nowhere.ckpt", run_dir)
@@ -153,6 +160,7 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.faults("S1", "S2")
 @pytest.mark.parametrize("force", ["0", "1"])
 def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch, force):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
@@ -168,6 +176,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch, force):
     assert not marker.exists()
 
 
+@pytest.mark.faults("S3")
 @pytest.mark.parametrize(
     "value",
     [
@@ -189,6 +198,7 @@ def test_what_could_not_be_loaded_again_is_refused_when_saved_naming_its_place(t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults("S3")
 def test_all_that_may_be_saved_is_loaded_as_it_was(tmp_path):
     value = {"a": [1, 2.5, True, None, 1j, "s", b"b", {3}, (4,)], 5: torch.Size([2]), "t": torch.arange(3.0)}
     value |= {"d": torch.float16, "device": torch.device("cpu"), "p": torch.nn.Parameter(torch.ones(2))}
@@ -198,6 +208,7 @@ def test_all_that_may_be_saved_is_loaded_as_it_was(tmp_path):
     assert loaded == value
 
 
+@pytest.mark.faults("P4")
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EIO])
 def test_no_failure_to_save_is_swallowed_and_the_old_file_stays(tmp_path, monkeypatch, function, number):
@@ -225,6 +236,7 @@ def test_going_on_from_an_earlier_step_sets_the_later_checkpoints_aside(toys, ru
     assert names(run_dir, "*.ckpt") == ["last.ckpt", "step=000000008.ckpt"]
 
 
+@pytest.mark.faults("S13")
 def test_files_follow_the_umask_and_hold_the_provenance(finished):
     path = finished / "checkpoints" / "last.ckpt"
     mask = os.umask(0)
@@ -247,6 +259,7 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.faults("P1")
 def test_only_part_files_of_dead_processes_are_swept(tmp_path):
     host = os.uname().nodename
     dead = tmp_path / f".tmp-{host}-{2**22 + 5}-0a1b.part"

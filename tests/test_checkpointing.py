@@ -26,9 +26,11 @@ def invalid(folder: Path) -> list[str]:
     return [path.name for path in (folder / "checkpoints").glob("*.ckpt") if is_valid(path)]
 
 
-KILL_POINTS = ["mid-write", "before fsync", "before rename", "before last", "last half done", "during removal"]
+KILL_POINTS = ["before temp", "mid-write", "before fsync", "before rename", "before last", "last half done"]
+KILL_POINTS += ["during removal"]
 
 
+@pytest.mark.faults("P2")
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_kill_9_within_a_save_leaves_a_valid_checkpoint_to_go_on_from(toys, tmp_path, point):
     code, run = toys.run(tmp_path, keep_last=1, fault={"kill": point})
@@ -57,18 +59,22 @@ def kill_and_resume(toys, folder: Path, times: int) -> None:
             assert step_of(newest_valid(folder / "checkpoints")) >= acknowledged > done
             assert len(names(folder, ".tmp-*")) <= 1, "the part file of the run before was not swept"
             done = acknowledged
-        assert os.listdir(temporary) == []
+        code, run = toys.run(folder, {"TMPDIR": temporary}, steps=done + 1, every_steps=1, size=8000, ckpt="must")
+        assert code == 0 and names(folder, ".tmp-*") == os.listdir(temporary) == [], run.output()
 
 
+@pytest.mark.faults("P1")
 def test_kill_9_at_random_moments_never_costs_a_saved_step(toys, tmp_path):
     kill_and_resume(toys, tmp_path, 3)
 
 
 @pytest.mark.slow
+@pytest.mark.faults("P1")
 def test_kill_9_thirty_times_never_costs_a_saved_step(toys, tmp_path):
     kill_and_resume(toys, tmp_path, 30)
 
 
+@pytest.mark.faults("P3")
 def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(toys, tmp_path):
     # three times the ballast (weights and two moments), 9 MB: one fits, two do not
     code, run = toys.run(tmp_path, size=3000, fault={"disk": 16_000_000})
@@ -79,12 +85,28 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(toys, tmp_pa
     assert left == [f"{name}: a checkpoint of step 3" for name in ("last.ckpt", "step=000000003.ckpt")]
 
 
+@pytest.mark.faults("P3", "P4")
+def test_saves_that_fail_are_counted_and_as_many_in_a_row_as_allowed_let_the_run_go_on(toys, tmp_path):
+    options = dict(size=3000, every_steps=2, fault={"disk": 16_000_000})
+    code, run = toys.run(tmp_path / "stop", max_failed_saves=1, **options)
+    if code == 99:
+        pytest.skip("no mount namespaces here")
+    assert code == 1 and run.losses()[-1].startswith("5 "), run.output()
+    assert "going on, 1 of 1 failed saves in a row" in run.output() and "UserError: " in run.output()
+    code, run = toys.run(tmp_path / "go on", max_failed_saves=9, **options)
+    assert code == 1 and run.losses()[-1].startswith("8 "), "the end is not saved, and that is an error all the same"
+    assert run.output().count("going on") == 3 and run.output().count("left: ") == 2
+    assert not re.search("left: .*(truncated|damaged|empty)", run.output())
+
+
+@pytest.mark.faults("P3")
 def test_a_file_size_limit_stops_the_run_at_the_first_save_without_a_file(toys, tmp_path):
     code, run = toys.run(tmp_path, size=3000, fault={"limit": 5_000_000})
     assert code == 1 and "UserError" in run.output() and "File too large" in run.output()
     assert names(tmp_path) == []
 
 
+@pytest.mark.faults("C7")
 def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(toys, tmp_path):
     (tmp_path / "checkpoints").mkdir(mode=0o555)
     code, run = toys.run(tmp_path, fault={"obey_modes": True})
@@ -92,6 +114,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(toy
     assert run.losses() == []
 
 
+@pytest.mark.faults("P7")
 def test_non_finite_weights_are_not_saved(toys, tmp_path):
     code, run = toys.run(tmp_path, fault={"nan": 4})
     assert code == 1 and "step 6: the weights hold NaN" in run.output()
@@ -130,6 +153,7 @@ def test_without_validation_the_mean_training_loss_ranks_and_a_resume_changes_no
     assert names(tmp_path / "broken", "best*") == best
 
 
+@pytest.mark.faults("P18")
 def test_a_file_that_cannot_be_deleted_does_not_stop_the_run(toys, tmp_path):
     code, run = toys.run(tmp_path, keep_last=1, fault={"undeletable": True})
     assert code == 0 and "cannot be removed" in run.output()

@@ -60,6 +60,7 @@ ODD_CLIPS = {
 }
 
 
+@pytest.mark.faults("D12", "C4")
 @pytest.mark.parametrize("cache_mb", [0, 64])
 @pytest.mark.parametrize("name", ODD_CLIPS)
 def test_odd_clips_become_mono_int16_of_one_rate_and_pitch(tmp_path, name, cache_mb):
@@ -76,6 +77,7 @@ def test_odd_clips_become_mono_int16_of_one_rate_and_pitch(tmp_path, name, cache
     assert np.abs(batch.waveform.numpy()[:, 400:-400] / 32768).max() == pytest.approx(amplitude, rel=0.02)  # no ringing
 
 
+@pytest.mark.faults("D12")
 @pytest.mark.parametrize("num_frames", [1, 7, 799])
 def test_a_short_clip_is_repeated_or_followed_by_zeros(tmp_path, num_frames):
     waveform = noise(3, num_frames)
@@ -109,6 +111,7 @@ def bad_clips() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.faults("D1", "D2", "S8")
 @pytest.mark.parametrize(("num_workers", "cache_mb"), [(0, 0), (0, 64), (1, 0)])
 def test_bad_clips_are_left_out_and_named_and_the_run_goes_on(tmp_path, num_workers, cache_mb):
     """D1, D2, S8."""
@@ -152,6 +155,7 @@ def test_a_shard_that_vanishes_is_named_at_once(tmp_path, num_workers):
         train_batches(data)
 
 
+@pytest.mark.faults("D2")
 @pytest.mark.parametrize("frontend", NAMES)
 def test_nothing_that_is_not_finite_reaches_a_model_and_silence_makes_no_nan(tmp_path, frontend):
     """D2, F25: NaN and Inf are refused, more than full scale is clipped, silence passes."""

@@ -30,6 +30,7 @@ def whole_epoch(folder, run_dir, **changes):
     return data, train_batches(data, max_steps=-(-data.num_clips // data.batch_size))
 
 
+@pytest.mark.faults("D1", "D4", "D5", "D11")
 @pytest.mark.parametrize(("num_workers", "cache_mb"), [(0, 0), (1, 8)])
 def test_a_folder_damaged_in_many_ways_loses_just_what_is_damaged_and_pairs_nothing_wrongly(
     damaged, tmp_path, num_workers, cache_mb
@@ -65,6 +66,7 @@ def cut(index: Index, how: str) -> set[int]:
 CUTS = ("member boundary", "in a header", "in data", "0 bytes", "corrupt header")
 
 
+@pytest.mark.faults("D4")
 @pytest.mark.parametrize("how", CUTS)
 def test_each_of_the_five_cuts_stops_or_costs_exactly_the_clips_that_are_gone(tmp_path, how):
     """D4, with the index that was made before."""
@@ -82,6 +84,7 @@ def test_each_of_the_five_cuts_stops_or_costs_exactly_the_clips_that_are_gone(tm
     assert {key for batch in batches for key in batch.key} == {index.key(i) for i in set(range(len(index))) - gone}
 
 
+@pytest.mark.faults("D4")
 @pytest.mark.parametrize("how", CUTS)
 def test_indexing_cut_shards_anew_says_how_many_of_the_clips_of_the_index_before_are_gone(tmp_path, how, capsys):
     """D4 without the index that was made before: what is whole is found, and the rest is counted where it is known."""
@@ -98,6 +101,7 @@ def test_indexing_cut_shards_anew_says_how_many_of_the_clips_of_the_index_before
     assert main(["index", f"{tmp_path}/theirs/*.tar"]) == 1
 
 
+@pytest.mark.faults("D8")
 def test_a_shard_that_the_glob_would_match_is_missed(tmp_path):
     """D8: a glob finds what is there, so the index has to say what is not."""
     index = write_folder(tmp_path / "theirs")
@@ -112,6 +116,7 @@ def test_a_shard_that_the_glob_would_match_is_missed(tmp_path):
         Index.load(tmp_path / "theirs" / "part-{0..7}.tar")
 
 
+@pytest.mark.faults("D3", "D4")
 def test_lost_clips_count_against_the_limit_before_anything_is_trained(tmp_path):
     """D3, D4."""
     index = write_folder(tmp_path / "theirs")
@@ -132,6 +137,7 @@ def test_held_out_clips_stay_the_same_when_a_shard_is_lost(tmp_path):
     assert data.num_clips + data.num_validation_clips == 84
 
 
+@pytest.mark.faults("D11", "D5")
 def test_a_shard_replaced_by_another_of_the_same_size_is_never_heard_under_its_labels(tmp_path):
     """D11, F22: also by the probe and the pictures, which read through the index."""
     index = write_folder(tmp_path / "theirs")
@@ -144,6 +150,7 @@ def test_a_shard_replaced_by_another_of_the_same_size_is_never_heard_under_its_l
         index.verify()
 
 
+@pytest.mark.faults("D6", "D11")
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_of_every_format_and_length_are_told_apart(tmp_path, tar_format):
     """D6, D11: names over 100 bytes, or not ASCII, lie in headers of their own, or in two fields."""
@@ -172,6 +179,7 @@ def test_our_own_shards_pass_the_check_of_names(tmp_path):
     assert all(index.read(i)[:4] in (b"fLaC", b"OggS") for i in range(len(index)))
 
 
+@pytest.mark.faults("D8")
 @pytest.mark.parametrize("how", ["missing", "a directory", "a pipe"])
 def test_a_shard_that_is_no_file_stops_the_start_or_is_skipped(tmp_path, how):
     """D8; one that may not be read is in test_faults_train.py."""
@@ -194,6 +202,7 @@ def test_a_shard_that_is_no_file_stops_the_start_or_is_skipped(tmp_path, how):
     assert {key[0] for batch in train_batches(data) for key in batch.key} == {"a"}
 
 
+@pytest.mark.faults("D11")
 def test_verify_says_that_all_is_well_and_finds_a_single_bit(tmp_path, capsys):
     """D11."""
     index = write_folder(tmp_path / "theirs")

@@ -29,6 +29,7 @@ def with_an_unreadable_shard(folder_shards, folder):
     return folder, len(index) - len(spoilt)
 
 
+@pytest.mark.faults("X9")
 def test_one_process_two_ranks_and_accumulation_take_the_same_steps_though_a_shard_is_unreadable(
     folder_shards, tmp_path
 ):

@@ -89,6 +89,7 @@ def test_a_balanced_mixture_gives_each_epoch_its_shares_and_resumes_exactly(stra
     assert column(straight, "val_loss") == column(tmp_path / "killed", "val_loss")
 
 
+@pytest.mark.faults("R12")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

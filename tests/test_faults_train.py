@@ -52,6 +52,7 @@ def wait_for_steps(process: subprocess.Popen, run: Path, num_steps: int) -> None
         time.sleep(0.05)
 
 
+@pytest.mark.faults("D1", "D4", "D5", "D8")
 def test_a_folder_damaged_in_many_ways_trains_to_the_end_on_two_ranks_and_every_clip_is_accounted_for(
     damaged, tmp_path
 ):
@@ -83,12 +84,14 @@ def test_a_folder_damaged_in_many_ways_trains_to_the_end_on_two_ranks_and_every_
     )
 
 
+@pytest.mark.faults("D4", "D8")
 def test_the_same_folder_stops_at_once_in_one_line_unless_told_to_go_on(damaged, tmp_path):
     """D4, D8: the default."""
     output = train(*settings(damaged[0].path.parent, "run", "trainer.max_steps=4"), cwd=tmp_path, expect=2)
     assert "part-1.tar has" in output and "data.damaged_shards=skip" in output and output.count("\n") == 1
 
 
+@pytest.mark.faults("D3")
 def test_a_limit_passed_on_one_rank_stops_both_in_the_same_step_with_one_line(damaged, tmp_path):
     """D3 on two ranks: 31 clips are lost, 12 are bad, and 40 of 96 would be allowed."""
     more = ["data.damaged_shards=skip", "data.max_bad_fraction=0.42", "trainer.devices=2", "trainer.max_steps=1000"]
@@ -106,6 +109,7 @@ def small_shards(folder: Path, num_shards: int) -> Path:
     return Path(write_shards(folder, clips))
 
 
+@pytest.mark.faults("D8")
 @pytest.mark.slow
 def test_a_shard_deleted_in_the_middle_of_an_epoch_ends_both_ranks_with_its_name(tmp_path):
     """D8: more shards than are kept open."""
@@ -136,6 +140,7 @@ def run_with_a_worker_signalled(folder: Path, name: str) -> tuple[list[str], str
     return arguments, output, time.monotonic() - started
 
 
+@pytest.mark.faults("D9")
 @pytest.mark.slow
 def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_hang_on(tmp_path):
     """D9, F28: stopped altogether, it neither answers nor hears."""
@@ -144,6 +149,7 @@ def test_a_worker_that_stands_still_ends_the_run_in_time_with_the_shards_it_may_
     assert "no batch within 5 s: a worker hangs reading one of" in output and "shard-000000.tar" in output
 
 
+@pytest.mark.faults("D14")
 @pytest.mark.slow
 def test_a_run_whose_worker_was_killed_says_so_and_goes_on_where_it_was(tmp_path):
     """D14."""
@@ -155,6 +161,7 @@ def test_a_run_whose_worker_was_killed_says_so_and_goes_on_where_it_was(tmp_path
     assert f"{(step + 2) * 4} crops = {(step + 2) * 4} trained + 0 skipped" in output
 
 
+@pytest.mark.faults("D10")
 def test_a_corpus_without_one_readable_clip_ends_in_one_line(tmp_path):
     """D10, F27: with limits that allow everything."""
     shards = write_shards(tmp_path / "s", [[clip(f"k{i}", b"no audio", 900) for i in range(12)]])
@@ -173,6 +180,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.faults("D8")
 @pytest.mark.slow
 def test_a_shard_that_may_not_be_read_is_named_at_the_start(tmp_path):
     """D8: by any user, and by root where root obeys modes."""

@@ -38,6 +38,7 @@ def refused(place, init, folder, *overrides) -> str:
     return text
 
 
+@pytest.mark.faults("C5")
 def test_wrong_folds_labels_and_classes_are_named(folder, folds, init, tmp_path):
     assert "there is no fold 7; the set has [1, 2, 3]" in refused(tmp_path, init, folds, "task.folds=[1,7]")
     assert "this set has no folds" in refused(tmp_path, init, folder, "task.folds=[1]")
@@ -50,6 +51,7 @@ def test_wrong_folds_labels_and_classes_are_named(folder, folds, init, tmp_path)
     )
 
 
+@pytest.mark.faults("C5")
 def test_a_task_of_another_type_than_the_head_is_refused(folder, events, init, tmp_path):
     assert "take tuning=events" in refused(tmp_path, init, events)
     assert "model.weak_pooling=attention, or model.level=clip" in refused(tmp_path, init, folder, "tuning=events")

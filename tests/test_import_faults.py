@@ -26,6 +26,7 @@ class Payload:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.faults("S1")
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("where", ["beside the weights", "among them", "alone"])
 def test_a_file_that_would_run_code_does_not_get_to_and_its_wish_is_named(is_zip, where, tmp_path):
@@ -39,12 +40,14 @@ def test_a_file_that_would_run_code_does_not_get_to_and_its_wish_is_named(is_zip
     assert (tmp_path / "mark").exists(), "the payload works where it is let"
 
 
+@pytest.mark.faults("S1")
 def test_a_bare_pickle_does_not_run_either(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
     assert "evil.pkl" in refused(tmp_path, tmp_path / "evil.pkl")
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.faults("C10", "S12")
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -86,6 +89,7 @@ def test_unknown_tensors_are_refused_unless_allowed_and_then_reported(tmp_path):
     assert dropped == {"prompt", "blocks.0.attn.scale"}
 
 
+@pytest.mark.faults("C10")
 @pytest.mark.parametrize("pattern", [PASST, AUDIOMAE, CLIP])
 def test_a_missing_misshapen_or_damaged_tensor_is_named(pattern, tmp_path):
     state, heads = official(pattern)
@@ -217,6 +221,7 @@ def test_half_precision_weights_become_single(tmp_path):
     torch.testing.assert_close(model.tokens(spectrogram), whole.tokens(spectrogram), rtol=0, atol=0.05)
 
 
+@pytest.mark.faults("C5")
 def test_class_names_must_be_as_many_as_the_classes(tmp_path):
     state, heads = official(PASST)
     (tmp_path / "names.txt").write_text("one\ntwo\n")

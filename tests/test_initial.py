@@ -57,6 +57,7 @@ def test_the_authors_file_of_other_mel_bands_gives_its_encoder(tmp_path):
         assert torch.equal(method.encoder.state_dict()[key], value), key
 
 
+@pytest.mark.faults("C10")
 def test_weights_of_another_size_are_one_line_with_both_shapes(image_model, tmp_path):
     torch.save(image_model.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(UserError, match=r"\[96, .*instead of|instead of \[96"):

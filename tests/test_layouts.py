@@ -187,6 +187,7 @@ def test_tags_beyond_the_fifty_and_clips_in_no_split_are_left_out(tmp_path):
     }
 
 
+@pytest.mark.faults("C5")
 def test_a_clip_that_is_listed_twice_is_refused(tmp_path):
     made("us8k", tmp_path)
     path = tmp_path / "metadata" / "UrbanSound8K.csv"

@@ -35,6 +35,7 @@ def test_signals_meant_for_the_trainer_stop_neither_workers_nor_fork_server(corp
     assert end_within(10, workers)
 
 
+@pytest.mark.faults("D14")
 def test_a_killed_worker_is_a_clear_error_within_15_seconds(corpus):
     batches = long_loader(corpus)
     next(batches)
@@ -49,6 +50,7 @@ def test_a_killed_worker_is_a_clear_error_within_15_seconds(corpus):
     assert end_within(15, workers)
 
 
+@pytest.mark.faults("D9")
 def test_a_read_that_hangs_is_an_error_that_names_the_shard_and_leaves_no_worker(tmp_path):
     data = data_of(write_shards(tmp_path / "stalled", [[clip("a", audio(noise(0, 900)), 900)]]))
     path = data.index.shard_path(0)
@@ -143,6 +145,7 @@ def fit(toy: Toy, folder: Path, stop_at: int, accumulate: int, ckpt: str | None 
     return toy
 
 
+@pytest.mark.faults("R3")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(

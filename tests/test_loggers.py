@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 from lightning.pytorch.loggers import Logger
 
 from audiossl.running.loggers import Guarded, MetricsCsv
@@ -24,6 +25,7 @@ def test_metrics_keep_full_precision_and_merge_within_a_step(tmp_path):
     assert [r["val_loss"] for r in rows] == ["", "", "0.1"] and "epoch" not in rows[0]
 
 
+@pytest.mark.faults("P12")
 def test_a_resumed_run_keeps_the_history_and_redoes_only_what_was_lost(tmp_path):
     first = MetricsCsv(tmp_path)
     for step in range(6):
@@ -61,6 +63,7 @@ class Unreachable(Logger):
         raise ConnectionError("no route to host")
 
 
+@pytest.mark.faults("P11", "P8")
 def test_a_logger_that_fails_is_switched_off_once_with_a_line(caplog):
     inner = Unreachable()
     guarded = Guarded(inner)

@@ -1,18 +1,11 @@
 """What every method keeps, found by its YAML."""
 
-import signal
-
 import pytest
-import soundfile
 import torch
-from commands import kill_when, start, train
 from conftest import ROOT
 from maes import real_clips
-from methods import batch_of, build, compose_for, settings_of
-from test_resume import column
+from methods import batch_of, build, compose_for
 
-from audiossl import load
-from audiossl.__main__ import main
 from audiossl.noise import Noise
 from audiossl.optim import parameter_groups
 from audiossl.running.build import method_from_config
@@ -91,47 +84,6 @@ def test_a_batch_without_a_readable_clip_costs_nothing(method, clips):
     output["loss"].backward()
     assert float(output["loss"]) == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_killed_run_that_is_resumed_is_the_run_that_was_never_stopped(name, tmp_path, capsys):
-    arguments = [
-        *settings_of(name),
-        "data.batch_size=4",
-        "data.num_workers=0",
-        "data.validation_clips=8",
-        "validate_every_steps=4",
-        "trainer.max_steps=8",
-        "checkpoint.every_steps=3",
-        "checkpoint.keep_last=9",
-        "trainer=cpu",
-        "trainer.log_every_n_steps=1",
-        "probe=none",
-        "pictures.clips=0",
-        "trace=true",
-    ]
-    runs = tmp_path / "straight", tmp_path / "killed"
-    train(*arguments, f"hydra.run.dir={runs[0]}", cwd=tmp_path)
-    process = start(*arguments, f"hydra.run.dir={runs[1]}", cwd=tmp_path)
-    assert kill_when(process, runs[1] / "checkpoints" / "step=000000003.ckpt", signal.SIGKILL) == -signal.SIGKILL
-    assert "resuming from" in train(*arguments, f"hydra.run.dir={runs[1]}", "ckpt=last", cwd=tmp_path)
-    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
-    assert first["global_step"] == second["global_step"] == 8
-    for key, value in first["state_dict"].items():
-        assert torch.equal(value, second["state_dict"][key]), key
-    assert column(runs[0], "loss") == column(runs[1], "loss") and len(column(runs[0], "loss")) == 8
-    assert (runs[0] / "trace.csv").read_text() == (runs[1] / "trace.csv").read_text()
-    check_leftovers(name, runs[0], tmp_path, capsys)
-
-
-def check_leftovers(name, run, folder, capsys):
-    """What a run leaves loads again: its encoder, and its method, which fills gaps or says that it does not."""
-    tokens = load(run)(torch.zeros(2, 16000), rate_hz=16000)
-    assert tokens.shape[0] == 2 and tokens.isfinite().all()
-    soundfile.write(folder / "clip.wav", real_clips(1, 2.0)[0].numpy(), 16000)
-    code = main(["reconstruct", str(folder / "clip.wav"), "--checkpoint", str(run), "--out", str(folder)])
-    assert code == (0 if name == "audiomae" else 2)
-    assert name == "audiomae" or "fills no gaps; give an Audio-MAE run" in capsys.readouterr().err
 
 
 # as counted in the published files, less what has no effect there: mask token, Frame's class position, head_dist

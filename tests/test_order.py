@@ -48,6 +48,7 @@ def test_a_large_epoch_looks_shuffled():
     assert np.mean(np.abs(np.diff(order)) < 100) < 0.02  # neighbours in a shard do not stay neighbours
 
 
+@pytest.mark.faults("X1")
 @pytest.mark.parametrize("num_clips", [1, 3, 7, 8, 40, 41])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -59,6 +60,7 @@ def test_every_clip_comes_once_per_epoch_on_any_ranks(num_clips, world_size, acc
     assert [[row for row, _, _ in step] for step in steps] == [list(range(4 * world_size * accumulate))] * 20
 
 
+@pytest.mark.faults("X9")
 def test_one_rank_two_ranks_and_accumulation_see_the_same_global_batches():
     reference = global_batches(1, batch_size=16)
     assert global_batches(2, batch_size=8) == reference
@@ -67,6 +69,7 @@ def test_one_rank_two_ranks_and_accumulation_see_the_same_global_batches():
     assert len(reference) == 40
 
 
+@pytest.mark.faults("X2")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31))
 def test_ten_thousand_random_topologies_cover_the_stream_exactly(seed):
@@ -83,6 +86,7 @@ def test_ten_thousand_random_topologies_cover_the_stream_exactly(seed):
         assert set(epochs.tolist()) == {first // num_clips} and sorted(clips) == list(range(num_clips))
 
 
+@pytest.mark.faults("R3")
 @pytest.mark.parametrize("start_step", [0, 1, 9, 12, 13, 25, 39, 40])
 def test_resuming_at_any_step_yields_the_remaining_batches(start_step):
     whole = list(sampler(accumulate=2, world_size=2, rank=1))

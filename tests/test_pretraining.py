@@ -81,6 +81,7 @@ def test_every_rank_draws_its_rows_of_the_global_batch():
     assert not torch.equal(everyone, Noise(1, 6, torch.arange(8), 8).uniform(6))
 
 
+@pytest.mark.faults("C4")
 def test_the_rate_of_the_shards_becomes_the_rate_of_the_front_end():
     """A 1 kHz tone in 32 kHz shards lies in the band of 1 kHz after the device has resampled it."""
     module = module_for(demo_data(), 1)
@@ -105,6 +106,7 @@ class Poison(pl.Callback):
             batch.waveform[1] = float("nan")
 
 
+@pytest.mark.faults("P7")
 def test_a_nan_stops_the_run_before_the_update_and_leaves_evidence(tmp_path):
     data = demo_data()
     module, poison = module_for(data, 4), Poison()

@@ -230,6 +230,7 @@ def test_a_hash_in_an_index_that_is_no_hash_names_no_file(web, corpus):
         Index.load(f"https://{web.host}/odd")
 
 
+@pytest.mark.faults("S6")
 @pytest.mark.parametrize("shards", ["http://h/a.tar", "pipe:cat a.tar", "gs://b/a.tar", "-", "file:///a.tar"])
 def test_other_schemes_are_refused_before_anything_is_started(tmp_path, shards):
     """RELIABILITY S6: the error names the scheme, and no program was started."""
@@ -245,6 +246,7 @@ def test_other_schemes_are_refused_before_anything_is_started(tmp_path, shards):
     assert "is not allowed" in done.stdout and done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
+@pytest.mark.faults("S9")
 @pytest.mark.parametrize("shards", ["https://me:planted-1@h/x/", "https://h/shard-{0..3}.tar?sig=planted-1"])
 def test_a_secret_in_an_address_is_refused_and_never_written(tmp_path, shards):
     output = train("data=folder", f"data.shards='{shards}'", cwd=tmp_path, expect=2)

@@ -74,6 +74,7 @@ def check_kill_and_resume(reference, folder_shards, folder, **changes):
     return rows
 
 
+@pytest.mark.faults("R1", "P12")
 def test_fourteen_steps_equal_three_a_kill_and_a_resume(straight, folder_shards, tmp_path):
     """32 clips in batches of 4: the resume lies inside the first epoch, and the run goes on into the second."""
     rows = check_kill_and_resume(straight, folder_shards, tmp_path)
@@ -82,12 +83,14 @@ def test_fourteen_steps_equal_three_a_kill_and_a_resume(straight, folder_shards,
     assert keys[:CLIPS] != keys[CLIPS:] + keys[len(keys) - CLIPS : CLIPS], "and the next comes in another order"
 
 
+@pytest.mark.faults("R3", "R1")
 def test_the_same_with_workers_and_accumulation(folder_shards, tmp_path):
     """Steps of 8 clips: the run crosses the ends of three epochs."""
     train(*settings(folder_shards, tmp_path / "straight", 2, 2), cwd=tmp_path)
     check_kill_and_resume(tmp_path / "straight", folder_shards, tmp_path, workers=2, accumulate=2)
 
 
+@pytest.mark.faults("X9")
 def test_a_resume_may_accumulate_otherwise(straight, folder_shards, tmp_path):
     """2 x 2 clips until the kill, 4 x 1 after it: the same clips and masks, so the same losses but for float sums."""
     interrupted(folder_shards, tmp_path, signal.SIGKILL, batch_size=2, accumulate=2)
@@ -98,12 +101,14 @@ def test_a_resume_may_accumulate_otherwise(straight, folder_shards, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.faults("P10", "R12")
 def test_other_data_or_another_optimiser_is_no_resume(straight, folder_shards):
     changes = ["data.validation_clips=4", "optim.weight_decay=0.5", "ckpt=last"]
     output = train(*settings(folder_shards, straight), *changes, cwd=straight.parent, expect=2)
     assert "data.validation_clips: 8 -> 4" in output and "optim.weight_decay: 0.05 -> 0.5" in output
 
 
+@pytest.mark.faults("P5", "P6")
 @pytest.mark.parametrize(
     ("sig", "expected"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
@@ -115,12 +120,14 @@ def test_a_signal_saves_at_a_step_and_a_resume_ends_the_same(straight, folder_sh
     assert set(column(tmp_path / "killed", "val_loss")) <= set(column(straight, "val_loss"))
 
 
+@pytest.mark.faults("P5")
 @pytest.mark.slow
 def test_a_run_out_of_time_is_not_finished(folder_shards, tmp_path):
     train(*settings(folder_shards, tmp_path / "run"), "trainer.max_steps=100000", "trainer.max_time='00:00:00:02'",
           cwd=tmp_path, expect=75)  # fmt: skip
 
 
+@pytest.mark.faults("R1")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(10))
 def test_resume_holds_ten_times_in_a_row(straight, folder_shards, tmp_path, trial):

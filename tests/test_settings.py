@@ -110,6 +110,7 @@ hydra.run.dirr=x               hydra.run.dir
 """
 
 
+@pytest.mark.faults("C1")
 @pytest.mark.parametrize("row", TYPOS.split("\n")[1:-1])
 def test_misspelt_key_is_refused_with_the_nearest_key(refused, row):
     *overrides, meant = row.split()
@@ -131,6 +132,7 @@ data.sources={}                                    data.shards=null: say where t
 """
 
 
+@pytest.mark.faults("C2")
 @pytest.mark.parametrize("row", SOURCES.split("\n")[1:-1])
 def test_a_mistake_inside_a_source_is_named(refused, row):
     overrides, error = row.split("  ", 1)
@@ -197,6 +199,7 @@ trace=yes please                  must be true or false
 """
 
 
+@pytest.mark.faults("C2", "C3")
 @pytest.mark.parametrize("row", VALUES.split("\n")[1:-1])
 def test_wrong_value_is_refused_with_its_key_and_rule(refused, row):
     override, rule = (part.strip() for part in row.split("  ", 1)) if "  " in row else row.split(" ", 1)
@@ -206,6 +209,7 @@ def test_wrong_value_is_refused_with_its_key_and_rule(refused, row):
     assert changed == named or changed in error or named == "frontend.seconds"
 
 
+@pytest.mark.faults("C6")
 def test_group_choice_is_refused_with_all_choices_nearest_first(refused):
     assert refused("model=audiomea").startswith("model=audiomea: there is no such model; choose one of: audiomae")
     assert refused("size=tny").split(": ")[2].split(", ")[0] == "tiny"
@@ -213,6 +217,7 @@ def test_group_choice_is_refused_with_all_choices_nearest_first(refused):
     assert refused("trainer=null").startswith("trainer=null: there is no such trainer")
 
 
+@pytest.mark.faults("C1")
 def test_misspelt_key_in_a_users_yaml_file_names_the_file(refused, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     path = tmp_path / "mine" / "experiment" / "long.yaml"
@@ -225,6 +230,7 @@ def test_misspelt_key_in_a_users_yaml_file_names_the_file(refused, tmp_path):
     assert "long.yaml" in refused("-cd", "mine", "experiment=long")
 
 
+@pytest.mark.faults("S11")
 @pytest.mark.parametrize("line", ["a: " + "x" * 1_000_001, "a: &a [x]\nb: [" + "*a," * 60 + "]"], ids=["huge", "bomb"])
 def test_yaml_that_would_fill_the_memory_is_refused(refused, tmp_path, line):
     (tmp_path / "mine").mkdir()
@@ -244,12 +250,14 @@ def test_several_values_without_m_and_endless_sweeps_are_refused(refused):
     assert refused("-m", "model.mask_ratio=0.7,1.5").startswith("model.mask_ratio=1.5: must be")
 
 
+@pytest.mark.faults("S4")
 def test_target_outside_the_allowed_packages_is_refused(refused):
     assert "model._target_=os.system: is not allowed" in refused("model._target_=os.system")
     assert "is not allowed" in refused("+hydra.callbacks.x._target_=os.system")
     assert "leads out of its package" in refused("model._target_=audiossl.config.cli.Path")
 
 
+@pytest.mark.faults("S4")
 @pytest.mark.parametrize(
     "target",
     [
@@ -299,6 +307,7 @@ def test_annotations_accept_what_they_say():
         assert all(map(type_.accepts, good)) and not any(map(type_.accepts, bad)), annotation
 
 
+@pytest.mark.faults("S9")
 def test_secrets_are_refused_in_the_config_and_masked_where_it_is_written(refused, monkeypatch):
     assert refused("+logger.token=planted-1").startswith("logger.token: no such key")
     monkeypatch.setenv("MY_API_KEY", "planted-22")
@@ -315,6 +324,7 @@ def test_secrets_are_refused_in_the_config_and_masked_where_it_is_written(refuse
     assert plain["note"] == "key ***!" and plain["deep"][0]["num_tokens"] == 5 and plain["deep"][0]["key"] == "dog-1"
 
 
+@pytest.mark.faults("C1")
 def test_the_error_comes_within_three_seconds_and_as_the_only_line(tmp_path):
     started = time.perf_counter()
     done = run_app(tmp_path, "+trainer.max_step=5", app=ROOT / "train.py")
@@ -355,6 +365,7 @@ OTHERS = ("sweep", "task", "tuning", "protocol")
 SHIPPED = [p for p in sorted((ROOT / "conf").glob("*/*.yaml")) if p.parent.name not in OTHERS and p.stem[:3] != "ft_"]
 
 
+@pytest.mark.faults("C11")
 @pytest.mark.parametrize("path", SHIPPED)
 def test_every_shipped_config_passes_the_checks(path, monkeypatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # put back afterwards: Lightning asks whether Hydra runs

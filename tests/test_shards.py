@@ -18,6 +18,7 @@ def reference(corpus) -> list:
     return digest(train_batches(data_of(corpus)))
 
 
+@pytest.mark.faults("X1")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_each_clip_comes_once_per_epoch_from_ragged_shards_on_any_ranks(corpus, world_size):
     data = data_of(corpus, batch_size=1)
@@ -29,6 +30,46 @@ def test_each_clip_comes_once_per_epoch_from_ragged_shards_on_any_ranks(corpus, 
     assert data.num_clips - len(keys) < world_size  # these begin the step that straddles the epochs
 
 
+GRID = [(shards, ranks) for shards in ((41,), (20, 1, 20), (9, 1, 5, 8, 3, 9, 6), (5,) * 8 + (1,), (1,) * 41)
+        for ranks in (1, 2, 3, 4)]  # fmt: skip
+
+
+def check_cover(folder, shards, ranks, workers):
+    """Serve two epochs and a bit: each is the corpus, and all ranks have equally many batches."""
+    clips = iter([clip(f"c{i:02d}", audio(noise(i, 900)), 900) for i in range(sum(shards))])
+    made = [[next(clips) for _ in range(count)] for count in shards]
+    data = data_of(write_shards(folder, made), batch_size=2, num_workers=workers)
+    steps = -(-2 * data.num_clips // (2 * ranks))
+    given = [train_batches(data, rank=rank, world_size=ranks, max_steps=steps) for rank in range(ranks)]
+    assert {len(batches) for batches in given} == {steps}
+    stream = [key for batches in zip(*given, strict=True) for batch in batches for key in batch.key]
+    for epoch in range(2):
+        assert len(set(stream[epoch * data.num_clips : (epoch + 1) * data.num_clips])) == data.num_clips
+    assert len(stream) - 2 * data.num_clips < 2 * ranks
+
+
+@pytest.mark.faults("X1", "X4")
+@pytest.mark.parametrize(("shards", "ranks"), GRID, ids=str)
+def test_an_epoch_is_the_corpus_on_any_ranks_however_few_or_ragged_the_shards(tmp_path, shards, ranks):
+    """Clips are shared out, not shards: one shard is enough for four ranks."""
+    check_cover(tmp_path / "s", shards, ranks, 0)
+
+
+@pytest.mark.faults("X1", "X4")
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 3), (4, 2)])
+def test_the_same_with_more_workers_than_shards(tmp_path, ranks, workers):
+    check_cover(tmp_path / "s", (20, 1, 20), ranks, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.faults("X1")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(("shards", "ranks"), GRID, ids=str)
+def test_the_same_with_workers_on_the_whole_grid(tmp_path, shards, ranks, workers):
+    check_cover(tmp_path / "s", shards, ranks, workers)
+
+
+@pytest.mark.faults("R3")
 @pytest.mark.parametrize(("num_workers", "cache_mb"), [(0, 8), (1, 0), (2, 0), (2, 8)])
 def test_workers_and_cache_change_no_sample(corpus, reference, num_workers, cache_mb):
     data = data_of(corpus, num_workers=num_workers, cache_mb=cache_mb)
@@ -56,6 +97,7 @@ def test_two_ranks_and_accumulation_read_the_same_global_batches(corpus, referen
     assert b"".join(waveform for *_, waveform in windows) == b"".join(waveform for *_, waveform in reference)
 
 
+@pytest.mark.faults("D13")
 def test_every_epoch_has_a_new_order_and_new_crops_and_a_seed_repeats_them(corpus):
     data = data_of(corpus, batch_size=41)
     first, second = train_batches(data, max_steps=2)

@@ -210,6 +210,7 @@ def test_events_that_cannot_be_are_refused_by_line(task_of, tmp_path, line, said
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.faults("C5")
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -234,6 +235,7 @@ def test_what_cannot_be_meant_is_one_line_that_names_the_key(task_of, settings, 
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.faults("C5")
 def test_several_labels_need_a_multilabel_task(task_of, real_folder, tmp_path):
     folder = rewritten(real_folder, tmp_path, lambda text: text.replace("dog-0.ogg,dog", "dog-0.ogg,dog;rain"))
     assert task_of(folder).kind == "multilabel" and task_of(folder).metric == "mAP"
@@ -241,6 +243,7 @@ def test_several_labels_need_a_multilabel_task(task_of, real_folder, tmp_path):
         task_of(folder, kind="multiclass")
 
 
+@pytest.mark.faults("C5")
 def test_missing_files_are_named_and_too_many_of_them_stop(task_of, real_folder, tmp_path):
     folder = rewritten(real_folder, tmp_path, lambda text: text)
     gone = next((folder / "audio").glob("dog-1.*"))

@@ -106,6 +106,7 @@ def test_training_can_start_from_another_run(finished, tmp_path):
     assert "do not fit the model" in output and "size=" in output
 
 
+@pytest.mark.faults("C10", "R12")
 def test_a_checkpoint_of_another_size_is_refused(finished, tmp_path):
     run, _ = finished
     last = run / "checkpoints" / "last.ckpt"
@@ -134,6 +135,7 @@ def test_wandb_logs_offline_without_a_key(folder_shards, tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.faults("C1", "C3", "C6")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

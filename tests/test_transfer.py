@@ -85,6 +85,7 @@ def test_a_server_without_ranges_is_asked_for_everything_again(web, tmp_path):
     assert (tmp_path / "part").read_bytes() == CONTENT and web.sent["a.tar"] == len(CONTENT) * 3 // 2
 
 
+@pytest.mark.faults("S14")
 def test_what_a_killed_process_left_is_used_or_thrown_away_by_its_hash(server_and_url, tmp_path):
     server, url = server_and_url
     (tmp_path / "part").write_bytes(CONTENT[:2_000_000])
@@ -137,6 +138,7 @@ def test_a_hanging_server_is_given_up_in_time(web, tmp_path):
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.faults("S14")
 @pytest.mark.parametrize(("num_bytes", "message"), [(2_999_999, "the index says 2999999"), (4_000_000, "says 4000000")])
 def test_another_size_than_the_index_has_is_refused(server_and_url, tmp_path, num_bytes, message):
     with pytest.raises(UserError, match=message):
@@ -156,6 +158,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(web, tmp_path, monkeyp
     assert web.asked["a.tar"] == 0
 
 
+@pytest.mark.faults("S14")
 def test_a_way_out_of_https_is_not_followed(web, s3, tmp_path):
     web.plan["a.tar"].append(f"to http://{s3.host}/bucket/a.tar")
     with pytest.raises(UserError, match=r"leads on to http://localhost; only https:// is allowed"):

@@ -44,11 +44,11 @@ def kill_at(point: str) -> None:
     """Die by SIGKILL at a moment of the second save: what a crash of the machine leaves on disk."""
     saves = 0
 
-    def wrap(owner, name: str, when) -> None:
+    def wrap(owner, name: str, when, begun: int = 2) -> None:
         original = getattr(owner, name)
 
         def dying(*args, **kwargs):
-            if saves == 2 and when(*args):
+            if saves == begun and when(*args):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
@@ -63,6 +63,8 @@ def kill_at(point: str) -> None:
 
     original_write = torch.save
     atomic.torch.save = save
+    if point == "before temp":
+        wrap(os, "open", lambda path, *_: ".tmp-" in str(path), begun=1)  # of the second save nothing is written yet
     if point == "before fsync":
         wrap(os, "fsync", lambda *_: True)
     if point == "before rename":

@@ -99,7 +99,7 @@ class Toy(pl.LightningModule):
         self.strike("batch end", self.global_step)
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        self.strike(f"validation {batch_idx}", self.global_step)
+        self.strike(f"{'sanity' if self.trainer.sanity_checking else 'validation'} {batch_idx}", self.global_step)
         self.log("val_loss", self.net(batch).square().mean())
         self.log("accuracy", float(self.global_step))
 

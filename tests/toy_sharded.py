@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from commands import TINY
@@ -147,6 +148,6 @@ if __name__ == "__main__":
     import audiossl.sharded.start
     import audiossl.training  # noqa: F401
 
-    audiossl.sharded.start.trainer_arguments("deepspeed", "cpu", "32-true")
+    audiossl.sharded.start.trainer_arguments("deepspeed", "cpu", "32-true", timedelta(minutes=5))
     toy_training.train = train
     toy_training.serve()

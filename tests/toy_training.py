@@ -26,12 +26,15 @@ DEFAULTS = {
     "every_minutes": None,
     "keep_last": 3,
     "keep_best": 0,
+    "max_failed_saves": 0,
     "metric": None,
     "ckpt": None,
     "validate_every": None,
+    "sanity": 0,  # batches of validation before the first step
     "num_workers": 0,
     "size": 10,  # kB of extra weights
     "pause": 0.0,  # seconds per micro-batch
+    "fit": None,  # the real training instead, see `fits`
     "fault": {},  # kill: POINT | signals: [...], at: PLACE, step: N | nan: STEP | anything of `toy_faults.prepare`
 }
 
@@ -55,6 +58,9 @@ class Run:
     @property
     def pid(self) -> int:
         return int(self._read("pid"))
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 60.0) -> int:
         return int(self._read("code", seconds))
@@ -129,7 +135,7 @@ def serve() -> None:
     import toy_faults  # noqa: F401
     import toy_model  # noqa: F401
 
-    import audiossl.checkpoints.preemption  # noqa: F401
+    import audiossl.training  # noqa: F401
 
     gc.freeze()  # forks share the memory of what is there now
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -167,6 +173,10 @@ def supervise(job: dict) -> None:
         os.dup2(output, 2)
         os.environ.update(job["environment"])
         (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
+        if job["options"]["fit"]:
+            import fits
+
+            return fits.train(folder, **job["options"]["fit"])
         return train(folder, name, **job["options"])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     (folder / f"{name}.code").write_text(f"{code}\n")
@@ -209,7 +219,8 @@ def fit(model, folder: Path, options: dict) -> None:
     from audiossl.checkpoints.preemption import Preemption
 
     ckpt = resolve_ckpt(options["ckpt"], folder)
-    settings = {k: options[k] for k in ("every_steps", "every_minutes", "keep_last", "keep_best", "metric")}
+    names = ("every_steps", "every_minutes", "keep_last", "keep_best", "max_failed_saves", "metric")
+    settings = {name: options[name] for name in names}
     checkpointing = Checkpointing(folder=folder / "checkpoints", provenance={"config": {"seed": 7}}, **settings)
     world = int(os.environ.get("WORLD_SIZE", 1))
     plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -222,7 +233,7 @@ def fit(model, folder: Path, options: dict) -> None:
         accumulate_grad_batches=options["accumulate"],
         val_check_interval=(options["validate_every"] or 1) * options["accumulate"],
         limit_val_batches=1.0 if options["validate_every"] else 0,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=options["sanity"],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -17,6 +17,13 @@ import torch.distributed as dist
 log = logging.getLogger(__name__)
 
 
+def seed_generators(seed: int) -> None:
+    """Start this process's global generators (python, numpy, torch, CUDA) from `seed`, in [0, 2^32)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def generator_states() -> dict[str, Any]:
     """Give the states of this process's global generators in plain types; `cuda` is the current device's, or None."""
     kind, keys, *rest = np.random.get_state()

@@ -86,9 +86,10 @@ class Preemption(Callback):
     def _save_if_asked(self, trainer: pl.Trainer) -> None:
         self._code = max(self._code, self.checkpointing.ranks.maximum(request.code))
         if self._code:
-            self.checkpointing.save(trainer)
+            saved = self.checkpointing.save(trainer) is not None
+            what = "is saved" if saved else "could not be saved"
             log.warning(
-                "step %d is saved; leaving with exit code %d, as a signal asked", trainer.global_step, self._code
+                "step %d %s; leaving with exit code %d, as a signal asked", trainer.global_step, what, self._code
             )
 
     def _leave(self) -> None:

@@ -119,6 +119,7 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     def job(cfg: DictConfig) -> None:
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         folder = Path(HydraConfig.get().runtime.output_dir)
+        _mask_what_hydra_wrote()
         try:
             if is_sweep and is_first_process():
                 forget_failure(folder)
@@ -155,6 +156,15 @@ def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[st
     from audiossl.planning.dryrun import show
 
     return show(program, planned)
+
+
+def _mask_what_hydra_wrote() -> None:
+    """Take secrets that stood on the command line out of the job's `.hydra` folder."""
+    job = HydraConfig.get()
+    for path in Path(job.runtime.output_dir, job.output_subdir or "").glob("*.yaml") if job.output_subdir else ():
+        text = path.read_text(encoding="utf-8")
+        if (masked := mask(text)) != text:
+            path.write_text(masked, encoding="utf-8")
 
 
 def _check(

@@ -131,10 +131,10 @@ def targets_in(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_target(key: str, target: str, allowed: tuple[str, ...] = TARGETS) -> None:
-    """Refuse a `_target_` outside the packages that a config may build from; beyond our own, only classes."""
+    """Refuse a `_target_` outside the packages that a config may build from, and what is no class by its name."""
     last = target.rpartition(".")[2]
     is_private = any(part.startswith("_") for part in target.split(".")) and allowed is TARGETS
-    is_class = target.startswith("audiossl.") or last[:1].isupper()
+    is_class = last[:1].isupper()
     if not target.startswith(allowed) or is_private or not is_class:
         raise UserError(
             f"{key}={target}: is not allowed; a config may build classes of {', '.join(a[:-1] for a in allowed)}"

@@ -3,16 +3,17 @@
 Every section is bound to a callable, by its own `_target_` or by the command's `Spec`, and the callable's signature
 (read by `schema.py`, without importing it) says which keys there are and what they may hold. So a misspelt key, a word
 where a number belongs or a forgotten value ends in one line before torch is imported. Secrets are never written, and
-`_target_` reaches only a few packages.
+`_target_` reaches only modules and dataclasses of a few packages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,9 +24,9 @@ from audiossl.config.rules import check_value, show
 from audiossl.config.schema import Type
 from audiossl.errors import UserError
 
-SECRET_KEY = re.compile(
-    r"(^|_)(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth)_?key)$", re.I
-)
+SECRET_WORDS = r"(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|private|auth)_?key)"
+SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
+SECRET_GIVEN = re.compile(rf"((?:\b|_){SECRET_WORDS}\s*[=:]\s*['\"]?)(?!\$\{{)[^\s,'\"}}]+", re.I)
 SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 MASK = "***"
 
@@ -93,7 +94,10 @@ def _leaves(node: DictConfig, fields: Fields, prefix: str = "") -> Iterator[tupl
 
 
 def mask(tree: Any, name: str = "") -> Any:
-    """Replace secrets by ***: values of keys that look like one, passwords in URLs, values of secret variables."""
+    """Replace secrets by ***: values of keys that look like one, passwords in URLs, values of secret variables.
+
+    A text, such as a command line or a whole file, is searched for all of these.
+    """
     if isinstance(tree, dict):
         return {key: mask(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -105,7 +109,7 @@ def mask(tree: Any, name: str = "") -> Any:
     for variable, secret in os.environ.items():
         if len(secret) >= 8 and SECRET_KEY.search(variable):
             tree = tree.replace(secret, MASK)
-    return SECRET_URL.sub(MASK, tree)
+    return SECRET_GIVEN.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, tree))
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -118,21 +122,48 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 def instantiate(section: DictConfig | Mapping[str, Any], target: str | None = None, /, **code_args: Any) -> Any:
     """Build the object of a section: import its `_target_` (or `target`) and call it with the section's keys.
 
-    Mappings inside that have a `_target_` are built first. `code_args` come on top. Raises `UserError` when the target
-    is not allowed: the object must be defined in the package that its name begins with.
+    Mappings inside that have a `_target_` are built first. `code_args` come on top. Raises `UserError` when any target
+    in it, however deep, is not one of `find_target`'s, and then nothing is built: the section may be of a stranger's
+    checkpoint.
     """
     tree = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
-    function = find_target(str(tree.pop("_target_", None) or target))
-    arguments = {k: instantiate(v) if isinstance(v, dict) and "_target_" in v else v for k, v in tree.items()}
-    return function(**arguments, **code_args)
+    return _build({"_target_": target} | tree, code_args, {name: find_target(name) for name in _targets(tree, target)})
 
 
-def find_target(target: str) -> Callable[..., Any]:
-    """Import the class or function at a dotted path; raises `UserError` as `instantiate` does."""
+def _targets(tree: Any, default: str | None = None) -> Iterator[str]:
+    """Walk to every target in a tree of mappings and lists."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree or default:
+            yield str(tree.get("_target_") or default)
+        for value in tree.values():
+            yield from _targets(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _targets(value)
+
+
+def _build(tree: Mapping[str, Any], code_args: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    arguments = {
+        key: _build(value, {}, classes) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in tree.items()
+        if key != "_target_"
+    }
+    return classes[str(tree["_target_"])](**arguments, **code_args)
+
+
+def find_target(target: str) -> type:
+    """Import the class at a dotted path, of an allowed package, defined there, and a module of torch or a dataclass.
+
+    A class of another kind, or a function, might do anything when it is called with a stranger's arguments.
+    """
+    from torch import nn
+
     check_target("_target_", target)
     module, _, name = target.rpartition(".")
-    function = getattr(importlib.import_module(module), name, None)
-    home = getattr(function, "__module__", "")
-    if not (inspect.isclass(function) or inspect.isfunction(function)) or home.split(".")[0] != target.split(".")[0]:
-        raise UserError(f"_target_={target}: is not a class or function of {target.split('.')[0]}")
-    return function
+    found = getattr(importlib.import_module(module), name, None)
+    home = getattr(found, "__module__", "").split(".")[0]
+    if not inspect.isclass(found) or home != target.split(".")[0]:
+        raise UserError(f"_target_={target}: is not a class of {target.split('.')[0]}")
+    if not (issubclass(found, nn.Module) or dataclasses.is_dataclass(found)):
+        raise UserError(f"_target_={target}: is neither a module of torch nor a dataclass, so no config may build it")
+    return found

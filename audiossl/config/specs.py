@@ -71,6 +71,7 @@ PRETRAIN = Spec(
         "trainer.max_steps": "| None",
         "trainer.num_nodes": "| None",
         "trainer.precision": "| Literal['auto']",
+        "trainer.timeout_seconds": "float",
         "probe.shards": "| None",
     },
     checks=(check_pretraining, check_global_batch, check_sharding),

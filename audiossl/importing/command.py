@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   labels=FILE                       names of the classes, one a line, or class_labels_indices.csv
   allow_unknown=true                drop tensors that are not known instead of refusing them
   overwrite=true                    replace the export in DST
+  unsafe_load=true                  let the file run its code, which can do whatever you can
 and any key of the front end:
 {textwrap.fill(", ".join(sorted(FRONTEND_KEYS)), 78, initial_indent="  ", subsequent_indent="  ")}"""
 
@@ -88,7 +89,7 @@ def import_weights(source: Path, settings: Settings, console: Console | None = N
     Prints the report to `console`, None for silence. Raises `UserError` for files that are broken, that ask to run
     code, whose layout is not known, or that hold tensors that are not known (unless `settings.allow_unknown`).
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, runs_code=settings.unsafe_load)
     layout, found = translate(checkpoint, settings)
     fit_length(found, settings)
     encoder = Encoder(**found.geometry)

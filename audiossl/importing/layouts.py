@@ -62,9 +62,9 @@ class Layout:
     settings: tuple[str, ...] = ()  # of those that not every layout has
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file without running code in it; raise `UserError` where it holds no tensors, or is ours."""
-    return checkpoint_of(path, read_weights(path))
+def read_checkpoint(path: Path, *, runs_code: bool = False) -> Checkpoint:
+    """Read a file, without running code in it unless told; raise `UserError` where it holds no tensors, or is ours."""
+    return checkpoint_of(path, read_weights(path, runs_code=runs_code))
 
 
 def checkpoint_of(path: Path, content: Mapping[str, Any]) -> Checkpoint:

@@ -155,9 +155,20 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
     if changed:
         raise UserError(
             f"ckpt={path}: is of another run, saved -> now: {', '.join(changed[:6])}; give the settings it was made "
-            f"with, or start a new run from its weights with init={path}"
+            f"with{_batch_size_for(pairs['global_batch'], config)}, or start a new run from its weights: init={path}"
         )
     return saved["provenance"]
+
+
+def _batch_size_for(global_batch: tuple[int, int], config: dict[str, Any]) -> str:
+    """Say which batch size keeps the saved global batch on as many devices as there are now."""
+    saved, now = global_batch
+    shares = now // config["data"]["batch_size"]
+    if saved == now:
+        return ""
+    if saved % shares == 0:
+        return f" (here data.batch_size={saved // shares} keeps the global batch of {saved})"
+    return f" (a global batch of {saved} needs devices x accumulation to divide it; here they are {shares})"
 
 
 def _source_settings(config: dict[str, Any]) -> dict[str, Any]:

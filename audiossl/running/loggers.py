@@ -11,6 +11,9 @@ import csv
 import logging
 import os
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from audiossl.config.settings import mask
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -105,6 +109,17 @@ class MetricsCsv(Logger):
             writer.writerow(self.rows[step])
 
 
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Hide secrets of the command line from a backend that notes it (W&B does, as it starts)."""
+    given = sys.argv
+    sys.argv = mask(given)
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
 class Guarded(Logger):
     """Pass everything to `inner`; when it fails, say so once and stop using it."""
 
@@ -137,7 +152,8 @@ class Guarded(Logger):
     def experiment(self) -> Any:
         if not self.is_broken:
             try:
-                return self.inner.experiment
+                with _masked_arguments():
+                    return self.inner.experiment
             except Exception as error:
                 self._give_up(error)
         return DummyExperiment()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ class Zero(DeepSpeedStrategy):
     `step=N.ckpt` (see `folders`), and loads one that the same number of ranks saved at the same stage.
     """
 
-    def __init__(self, *, stage: int, precision: str):
-        super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR)
+    def __init__(self, *, stage: int, precision: str, timeout: timedelta):
+        super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR, timeout=timeout)
         self.stage = stage
         assert isinstance(self.config, dict)
         # Lightning would ask for weights in bfloat16

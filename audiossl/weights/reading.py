@@ -7,6 +7,7 @@ hold are allowed by name. Anything else is refused, and the message says what it
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import re
 import warnings
@@ -21,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from audiossl.checkpoints.files import newest_valid
 from audiossl.errors import UserError
 from audiossl.sharded.folders import is_sharded
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 ZIP = b"PK\x03\x04"  # by which torch tells its files
@@ -38,9 +41,10 @@ HARMLESS = [
 ]
 
 
-def read_torch_file(path: str | Path) -> dict[str, Any]:
+def read_torch_file(path: str | Path, *, runs_code: bool = False) -> dict[str, Any]:
     """Read a checkpoint's dict on the CPU; raise `UserError` naming the file if it is missing, broken or unsafe.
 
+    `runs_code` lets the file run code, with a warning: only where the user asked for it.
     A folder of many DeepSpeed ranks is put together, without the optimiser's state.
     """
     path = Path(path)
@@ -57,7 +61,9 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not read, because it unpacks to more than it is, and PyTorch packs nothing tighter")
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if runs_code:
+                log.warning("%s: read with unsafe_load=true; whatever code is in it runs now", path)
+            content = torch.load(path, map_location="cpu", weights_only=not runs_code)
     except Exception as error:  # foreign bytes can make the unpickler raise anything
         raise UserError(f"{path}: not read, because it {_reason(error, path)}") from error
     if not isinstance(content, dict):
@@ -82,11 +88,11 @@ def _unpacked_bytes(path: Path) -> int:
         raise UserError(f"{path}: not read, because it {DAMAGED}") from error
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def read_weights(path: str | Path, *, runs_code: bool = False) -> dict[str, Any]:
     """Read a checkpoint's dict as `read_torch_file` does, or the tensors of a .safetensors that is not ours."""
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
-        return read_torch_file(path)
+        return read_torch_file(path, runs_code=runs_code)
     try:
         with safe_open(path, framework="pt") as file:
             if "description" in (file.metadata() or {}):
@@ -106,7 +112,8 @@ def _reason(error: Exception, path: Path) -> str:
     if asked := UNSAFE.search(text):
         return (
             f"asks to run code: it needs {asked.group(1)}, and tensors, plain containers, argparse.Namespace and "
-            "numpy's scalars are all that is read from a stranger's file"
+            "numpy's scalars are all that is read from a stranger's file; one that you trust: python -m audiossl "
+            "import FILE DIR unsafe_load=true"
         )
     if "TorchScript" in text:
         return "is a TorchScript program, which is code; ask for its state_dict"

@@ -89,6 +89,7 @@ class Settings:
     labels: Path | None = None
     allow_unknown: bool = False
     overwrite: bool = False
+    unsafe_load: bool = False
     frontend: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,7 +137,7 @@ def _own_value(key: str, text: str) -> Any:
         if text not in CHOICES[key]:
             raise UserError(f"{key}={text}: choose {', '.join(CHOICES[key])}")
         return text
-    if key in ("allow_unknown", "overwrite"):
+    if key in ("allow_unknown", "overwrite", "unsafe_load"):
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key}={text}: choose true or false")
         return text.lower() == "true"
