@@ -1,7 +1,8 @@
 """A real SLURM of two nodes on this machine, for tests and to try job scripts.
 
-`python tests/clusters.py` opens a shell in it, and ends it with the shell. Both nodes are this host, each a slurmd with a port of its own. Needs root and Debian's slurm-wlm and munge. Every
-daemon is known by the pid file of this cluster alone, so that ending it touches no other.
+`python tests/clusters.py` opens a shell in it, and ends it with the shell. Both nodes are this host, each a slurmd with
+a port of its own. Needs root and Debian's slurm-wlm and munge. Every daemon is known by the pid file of this cluster
+alone, so that ending it touches no other.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from audiossl.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """Say what every rank runs: `arguments` of the entry point, its `folder`, and its shards by the keys that name them."""
+    """Say what every rank runs: an entry point and its `arguments`, the run's `folder`, its shards by their keys."""
 
     program: Path
     arguments: tuple[str, ...]

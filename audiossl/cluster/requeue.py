@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ def may_return(folder: Path, job: Allocation, environ: Mapping[str, str] = os.en
 
 def requeue(job: Allocation, seconds: float = 60.0) -> str:
     """Put the job back into the queue and wait until SLURM ends this process; returns what went wrong instead."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the end that was asked for needs no explanation
     done = subprocess.run(["scontrol", "requeue", str(job.job_id)], text=True, capture_output=True)
     if done.returncode:
         return (done.stderr or done.stdout).strip() or f"scontrol: exit code {done.returncode}"
