@@ -2,90 +2,74 @@
 
 Training leaves a `results.json` in each job's folder; a Hydra callback gathers them into `summary.csv` and
 `summary.png` beside the jobs. The picture shows a probe score: losses at different mask ratios, hops or front ends are
-averages over different patches, and cannot be compared. A job that failed or never ran keeps its row, with its status.
+averages over different patches, and cannot be compared. A job that failed or never ran keeps its row, with its status,
+and the table ends with the command that runs those alone.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiossl.config.overrides import combinations
+from audiossl.sweeping.plan import array_task, as_dict, chosen, command_for, is_first_process, locked, planned_points
+from audiossl.sweeping.status import FINISHED, has_ended, read_jobs
 
-FINISHED = "finished"
 SAME_LOSS = ("optim.", "trainer.", "seed", "init")  # keys that leave the meaning of the loss alone
 Row = dict[str, Any]
 
 
 class Summary(Callback):
-    """End a multirun with a table of its jobs; the process ends with 1 when one of them did not finish."""
+    """End a multirun with a table of its jobs; the process ends with 1 when one of its own did not finish."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the summary into the sweep's folder and print it; see `hydra.experimental.callback.Callback`."""
-        folder = Path(config.hydra.sweep.dir)
-        rows = summarise(folder, planned_jobs(config))
-        if any(row["status"] != FINISHED for row in rows):
-            raise SystemExit(1)
+        end_sweep(config, summarise)
 
 
-def summarise(folder: Path, planned: list[dict[str, str]] | None = None) -> list[Row]:
+def end_sweep(config: DictConfig, summarise: Callable[[Path, list[tuple[str, ...]]], Any]) -> None:
+    """Summarise the sweep that a process has run, or its part of it; of an array's tasks the last one does.
+
+    Raises `SystemExit(1)` where one of the points that this process ran did not finish.
+    """
+    if not is_first_process():
+        return
+    folder, points = Path(config.hydra.sweep.dir), planned_points(config)
+    with locked(folder):
+        jobs = read_jobs(folder, points)
+        own = chosen(config, len(points)) if points else list(jobs)
+        ahead = [number for number, job in jobs.items() if not has_ended(job)]
+        if array_task(config) is None or not ahead:
+            summarise(folder, points)
+        else:
+            print(f"point {own[0]}: {jobs[own[0]]['status']}; still to end: {', '.join(map(str, ahead))} of {folder}")
+    if any(jobs[number]["status"] != FINISHED for number in own):
+        raise SystemExit(1)
+
+
+def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None) -> list[Row]:
     """Write `summary.csv` and `summary.png` of the jobs in a sweep's folder, print the table, and return its rows.
 
     A row holds job, the keys that differ between jobs, loss, one column a score, seconds and status, ordered by job
-    number. `planned` lists the overrides of every job that should be there.
+    number. `points` lists the overrides of every job that should be there.
     """
-    jobs = {number: {"overrides": overrides} for number, overrides in enumerate(planned or [])}
-    for path in folder.rglob(".hydra/hydra.yaml"):
-        number = int(yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["job"]["num"])
-        jobs[number] = _read_job(path.parent.parent)
-    jobs = dict(sorted(jobs.items()))
-    keys = _swept_keys([job["overrides"] for job in jobs.values()])
+    jobs = read_jobs(folder, points)
+    keys = _swept_keys([as_dict(point) for point in points] if points else [job["overrides"] for job in jobs.values()])
     scores = list(dict.fromkeys(name for job in jobs.values() for name in job.get("scores", {})))
     rows = []
     for number, job in jobs.items():
         row: Row = {"job": number} | {key: job["overrides"].get(key, "") for key in keys}
         row |= {"loss": job.get("loss", "")} | {name: job.get("scores", {}).get(name, "") for name in scores}
-        rows.append(row | {"seconds": job.get("seconds", ""), "status": job.get("status", "missing")})
+        rows.append(row | {"seconds": job.get("seconds", ""), "status": job["status"]})
     _write_csv(folder / "summary.csv", rows)
     _draw(folder / "summary.png", rows, keys, scores)
     _print(folder, rows)
     return rows
-
-
-def planned_jobs(config: DictConfig) -> list[dict[str, str]]:
-    """List the overrides of every job of the basic sweeper; other sweepers choose as they go."""
-    if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
-        return []
-    parser = OverridesParser.create()
-    texts = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    last = {o.get_key_element(): o for o in parser.parse_overrides(texts + list(config.hydra.overrides.task))}
-    return [_as_dict(list(job)) for job in combinations(list(last.values()), every=True)]
-
-
-def _as_dict(overrides: list[str]) -> dict[str, str]:
-    """Split `+key=value` texts into keys without prefix and values."""
-    return {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in overrides)}
-
-
-def _read_job(folder: Path) -> dict[str, Any]:
-    """Read what a job asked for and what came out."""
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
-    job: dict[str, Any] = {"overrides": _as_dict(overrides), "status": "no results"}
-    path = folder / "results.json"
-    if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        scores = {k: v for k, v in (results.get("scores") or {}).items() if isinstance(v, int | float)}
-        job |= {k: v for k, v in results.items() if k in ("loss", "seconds", "status")} | {"scores": scores}
-        job["status"] += f": {results['error']}" if results.get("error") else ""
-    return job
 
 
 def _swept_keys(jobs: list[dict[str, str]]) -> list[str]:
@@ -131,6 +115,12 @@ def _print(folder: Path, rows: list[Row]) -> None:
         table.add_row(*map(escape, cells))
     console = Console()
     console.print(table)
-    console.print(
-        f"{len(rows)} jobs in {folder}: summary.csv, summary.png", markup=False, highlight=False, soft_wrap=True
-    )
+    plain = dict(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(rows)} jobs in {folder}: summary.csv, summary.png", **plain)
+    open_ones = [row for row in rows if row["status"] != FINISHED]
+    if open_ones:
+        console.print(f"{len(open_ones)} of {len(rows)} did not finish:", **plain)
+        for row in open_ones:
+            console.print(f"  {row['job']}: {row['status']}", **plain)
+        if command := command_for(folder, [row["job"] for row in open_ones]):
+            console.print(f"to run those alone:\n  {command}", **plain)

@@ -52,7 +52,7 @@ def make_job(folder, number, overrides, results):
 
 def test_jobs_come_by_number_and_missing_ones_are_rows_too(tmp_path):
     ratios = [0.1 * n for n in range(12)]
-    planned = [{"model.mask_ratio": f"{r:.1f}", "seed": "1"} for r in ratios]
+    planned = [(f"model.mask_ratio={r:.1f}", "seed=1") for r in ratios]
     for number in (10, 2, 0):
         finished = {"status": "finished", "scores": {"knn": 0.1, "task": "esc10"}, "loss": 1.0, "seconds": 2}
         overrides = [f"++model.mask_ratio={ratios[number]:.1f}", "seed=1"]

@@ -33,12 +33,15 @@ from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
 from audiossl.config.settings import check, mask
 from audiossl.errors import UserError
+from audiossl.sweeping.plan import array_task, check_sweep, folder_name, is_first_process, is_ours
+from audiossl.sweeping.status import forget_failure
 
 Run = Callable[[DictConfig], int | None]
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("basename", lambda init: basename(init), replace=True)
+OmegaConf.register_new_resolver("sweep_folder", folder_name, use_cache=True, replace=True)
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_ALIASES = 50  # a few dozen nested ones fill the memory
 MADE_BY_A_RUN = ("config.yaml", "finetune.yaml", "checkpoints", "metrics.csv")
@@ -47,7 +50,6 @@ GROUPS = {
     "finetune.py": ("task", "tuning"),
     "train.py": ("model", "model_size", "model_data", "frontend", "data", "probe"),
 }
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def launch(
@@ -111,7 +113,10 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     @functools.wraps(run)
     def job(cfg: DictConfig) -> None:
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
+            if is_sweep and is_first_process():
+                forget_failure(folder)
             codes.append(run(cfg) or 0)
             return
         except UserError as error:
@@ -127,7 +132,7 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
         if is_sweep:
             message = mask(" ".join(f"{type(problem).__name__}: {problem}".split())[:500])
             status = json.dumps({"status": "failed", "error": message})
-            Path(HydraConfig.get().runtime.output_dir, "results.json").write_text(status, encoding="utf-8")
+            (folder / "results.json").write_text(status, encoding="utf-8")
 
     return job
 
@@ -152,13 +157,10 @@ def _check(
                 except UnknownKeyError as error:  # no override is it: a file has it, or a mapping given
                     where = written_in(cfg, error.key)
                     raise UserError(f"{where}: {error}" if where else str(error)) from error
-                if composer.is_sweep and cfg.get("trainer", {}).get("devices", 1) not in (1, "auto"):
-                    raise UserError(
-                        f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
-                        "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
-                    )
-                if number == 0 and not is_shown and _is_first_process():
-                    _check_folder(cfg, composer.is_sweep)
+                if composer.is_sweep:
+                    _check_devices(cfg)
+                if number == 0 and not is_shown and is_first_process():
+                    _check_folder(cfg, composer)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_first_lines(error)) from error
     finally:
@@ -185,16 +187,25 @@ def _check_yaml_files(folder: Path) -> None:
             raise UserError(f"{path}: has more than {MAX_YAML_ALIASES} YAML aliases (*name)")
 
 
-def _is_first_process() -> bool:
-    """Tell whether no launcher (torchrun, srun, Lightning) has given this process a rank above 0."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+def _check_devices(cfg: DictConfig) -> None:
+    """Refuse several devices in a sweep, but for one point each in array jobs whose ranks srun has started."""
+    is_started_by_srun = array_task(cfg) is not None and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if cfg.get("trainer", {}).get("devices", 1) not in (1, "auto") and not is_started_by_srun:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
+            "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
+        )
 
 
-def _check_folder(cfg: DictConfig, is_sweep: bool) -> None:
+def _check_folder(cfg: DictConfig, composer: Composer) -> None:
     """Refuse to write over a run that exists, unless `ckpt` says that it goes on."""
+    is_sweep = composer.is_sweep
     folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give another folder with name=... or hydra.run.dir=...")
+    if is_sweep and is_ours(cfg):
+        check_sweep(cfg, composer.points)
+        return
     if cfg.get("ckpt") is not None:
         return
     if is_sweep and (folder / "multirun.yaml").exists():

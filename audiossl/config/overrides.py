@@ -33,14 +33,15 @@ FREE_HYDRA_SECTIONS = ("callbacks", "sweeper", "launcher", "job_logging", "hydra
 class Composer:
     """Compose the configs that a command line asks for; use it inside `hydra.initialize_config_dir`.
 
-    After `jobs`, `is_sweep` tells whether Hydra will sweep, and `rewritten` maps overrides to what Hydra must be given
-    instead: a key that the signature knows but no YAML sets gets a `++`, because struct mode refuses it otherwise, and
-    a glob with braces gets quotes.
+    After `jobs`, `is_sweep` tells whether Hydra will sweep, `points` lists the overrides of every job of the sweep, and
+    `rewritten` maps overrides to what Hydra must be given instead: a key that the signature knows but no YAML sets gets
+    a `++`, because struct mode refuses it otherwise, and a glob with braces gets quotes.
     """
 
     def __init__(self, config_name: str, spec: Spec, search: list[str], is_sweep: bool):
         self.config_name, self.spec, self.search, self.is_sweep = config_name, spec, search, is_sweep
         self.rewritten: dict[str, str] = {}
+        self.points: list[tuple[str, ...]] = []
         self.loader = GlobalHydra.instance().config_loader()
         self._options = cache(self._read_options)
         self._base = cache(self._compose_base)
@@ -61,7 +62,12 @@ class Composer:
             configured = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
             given = {override.get_key_element() for override in overrides}
             overrides = [o for o in configured if o.get_key_element() not in given] + overrides
+            self.points = list(combinations(overrides, every=True))
         for override in overrides:
+            if override.is_interval_sweep() and is_grid(first):
+                raise UserError(
+                    f"{override.input_line}: names no values; list them, or choose another hydra/sweeper=..."
+                )
             if override.is_sweep_override() and not self.is_sweep:
                 raise UserError(f"{override.input_line}: several values are a sweep and need -m (a list is [1,2])")
         for number, job in enumerate(combinations(overrides)):
@@ -149,6 +155,11 @@ def combinations(overrides: list[Override], every: bool = False) -> Iterator[tup
     yield first
     for place, pool in enumerate(pools):
         yield from (first[:place] + (text,) + first[place + 1 :] for text in pool[1:])
+
+
+def is_grid(config: DictConfig) -> bool:
+    """Tell whether the sweeper runs every combination of listed values, instead of choosing as it goes."""
+    return str(config.hydra.sweeper._target_).endswith((".PointSweeper", ".BasicSweeper"))
 
 
 def quote_braces(text: str) -> str:

@@ -8,13 +8,14 @@ its jobs side by side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiossl.sweeps import FINISHED, planned_jobs, summarise
+from audiossl.sweeps import end_sweep, summarise
 
 
 class Summary(Callback):
@@ -22,11 +23,13 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the summary into the sweep's folder and print it; see `hydra.experimental.callback.Callback`."""
-        folder = Path(config.hydra.sweep.dir)
-        rows = summarise(folder, planned_jobs(config))
-        write_summary(folder)
-        if any(row["status"] != FINISHED for row in rows):
-            raise SystemExit(1)
+        end_sweep(config, summarise_probes)
+
+
+def summarise_probes(folder: Path, points: Sequence[Sequence[str]] | None = None) -> None:
+    """Write what every sweep ends with, then the probes side by side."""
+    summarise(folder, points)
+    write_summary(folder)
 
 
 def write_summary(folder: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""The points of a sweep: which there are, which are done, who runs them and what came out."""

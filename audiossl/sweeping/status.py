@@ -1,0 +1,73 @@
+"""What has become of each point of a sweep?
+
+Every point has a folder below the sweep's, found by the overrides that Hydra wrote into it; `results.json` says how it
+ended. A point that a kill or a pre-emption stopped has none, and goes on when the sweep does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from audiossl.sweeping.plan import Overrides, as_dict, what_counts
+
+FINISHED = "finished"
+MISSING = "missing"
+STOPPED = "no results"
+Job = dict[str, Any]
+
+
+def read_jobs(folder: Path, points: Sequence[Sequence[str]] | None = None) -> dict[int, Job]:
+    """Read what every point asked for and what came out of it, by number.
+
+    Without `points` the folders say which there are. A job has overrides and status, and, once it has ended, what its
+    results say: loss, scores, seconds.
+    """
+    planned = [as_dict(point) for point in points or ()]
+    jobs: dict[int, Job] = {n: {"overrides": overrides, "status": MISSING} for n, overrides in enumerate(planned)}
+    counting = what_counts(planned)
+    for path in sorted(folder.rglob(".hydra/overrides.yaml")):
+        number = _number(path, planned, counting)
+        if number is not None:
+            jobs[number] = _read_job(path.parent.parent)
+    return dict(sorted(jobs.items()))
+
+
+def has_ended(job: Job) -> bool:
+    """Tell whether a point has finished or failed, so that nothing more comes of it by itself."""
+    return job["status"] not in (MISSING, STOPPED)
+
+
+def forget_failure(folder: Path) -> None:
+    """Let a point that failed before count as running, now that it does."""
+    path = folder / "results.json"
+    if path.is_file() and json.loads(path.read_bytes()).get("status") == "failed":
+        path.unlink()
+
+
+def _number(path: Path, planned: Sequence[Overrides], counting: Callable[[Mapping[str, str]], Overrides]) -> int | None:
+    """Find the point that a folder belongs to: the one it is named after, else the first that asked for the same."""
+    if not planned:
+        about = yaml.safe_load(path.with_name("hydra.yaml").read_text(encoding="utf-8"))
+        return int(about["hydra"]["job"]["num"])
+    overrides = counting(as_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or []))
+    keys, name = list(map(counting, planned)), path.parent.parent.name
+    if name.isdecimal() and int(name) < len(keys) and keys[int(name)] == overrides:
+        return int(name)
+    return keys.index(overrides) if overrides in keys else None
+
+
+def _read_job(folder: Path) -> Job:
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+    job: Job = {"overrides": as_dict(overrides), "status": STOPPED, "folder": folder}
+    path = folder / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        scores = {k: v for k, v in (results.get("scores") or {}).items() if isinstance(v, int | float)}
+        job |= {k: v for k, v in results.items() if k in ("loss", "seconds", "status")} | {"scores": scores}
+        job["status"] += f": {results['error']}" if results.get("error") else ""
+    return job
