@@ -18,6 +18,7 @@ COMMANDS = {
     "import": ("audiossl.importing.command", "turn published weights into an encoder of ours"),
     "embed": ("audiossl.embed", "write the features of audio files, by a frozen encoder, into one file"),
     "tag": ("audiossl.tag", "name what is heard in audio files, by an encoder with a classifier"),
+    "sweep": ("audiossl.sweeps", "say how far a sweep has come, and how to run what is left of it"),
     "compare": ("audiossl.probes.compare", "set the results of probes side by side"),
     "detect": ("audiossl.detect", "say what happens when in audio files, by a classifier of moments"),
     "reconstruct": ("audiossl.reconstruct", "mask an audio file and let a checkpoint fill the gaps"),

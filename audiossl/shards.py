@@ -9,29 +9,25 @@ never asked for.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from audiossl.config.rules import check_drawing, check_value
 from audiossl.errors import UserError
 from audiossl.loading.badclips import BadClips, Entry
 from audiossl.loading.clips import ClipDataset
 from audiossl.loading.corpus import Source, load_corpus
-from audiossl.loading.drawing import Drawing
+from audiossl.loading.drawing import Drawing, check_ranges, check_settings
 from audiossl.loading.examples import NUM_CONSIDERED, pick
 from audiossl.loading.loader import Loader, Requests, make_loader
 from audiossl.loading.order import FixedSampler, Order, StepSampler
+from audiossl.loading.resident import Resident
 from audiossl.remote.prefetch import Downloads, check_room, remote_shards
 from audiossl.remote.shardcache import ShardCache
 
 log = logging.getLogger(__name__)
-
-AT_LEAST = {"batch_size": 1, "rate_hz": 1, "max_bad_in_a_row": 1, "timeout_seconds": 1}  # else 0
-AT_LEAST |= {"crop_seconds": 1e-4, "cache_gb": 1e-6}
 
 
 class ShardData:
@@ -62,6 +58,7 @@ class ShardData:
     - damaged_shards: "stop" where a shard is missing or has another size than the index says, or "skip" its clips.
     - max_bad_fraction: of the corpus, and max_bad_in_a_row: clips skipped before the run stops (`badclips.py`).
     - timeout_seconds: to wait for a batch before a worker is taken to hang; without workers nothing can watch.
+    - resident: the clips lie decoded on the device, whole (`resident.py`); num_workers and cache_mb mean nothing then.
     - mean, std: of the corpus' log-mel, for front ends that normalise by them.
     - run_dir: where `bad_clips.csv` goes, null for nowhere.
     - needs_labels: the method does: batches have a `target`, and clips without a label are left out.
@@ -103,6 +100,7 @@ class ShardData:
         timeout_seconds: float,
         mean: float,
         std: float,
+        resident: bool = False,
         default_rate_hz: int,
         run_dir: str | Path | None,
         needs_labels: bool,
@@ -110,13 +108,13 @@ class ShardData:
         given = dict(batch_size=batch_size, rate_hz=rate_hz, crop_seconds=crop_seconds, num_workers=num_workers)
         given |= dict(cache_mb=cache_mb, cache_gb=cache_gb, validation_clips=validation_clips)
         given |= dict(max_bad_fraction=max_bad_fraction, max_bad_in_a_row=max_bad_in_a_row)
-        _check_ranges(given | dict(timeout_seconds=timeout_seconds))
+        check_ranges(given | dict(timeout_seconds=timeout_seconds))
         drawing = dict(sampling=sampling, sampling_offset=sampling_offset, sampling_reduce=sampling_reduce)
         drawing |= dict(replacement=replacement, draws_per_epoch=draws_per_epoch, shuffle_shards=shuffle_shards)
         chosen = dict(shards=shards, sources=sources, split=split, validation_clips=validation_clips)
         chosen |= dict(fraction=fraction, fraction_by=fraction_by, fraction_seed=fraction_seed)
         chosen |= dict(validation_split=validation_split)
-        _check({**drawing, **chosen})
+        check_settings({**drawing, **chosen})
         cache = ShardCache.of(cache_dir, cache_gb)
         self.corpus = load_corpus(**chosen, needs_labels=needs_labels, damaged_shards=damaged_shards, cache=cache)
         self.needs_labels = needs_labels
@@ -136,6 +134,7 @@ class ShardData:
         self.padding = padding
         self.cache_bytes = cache_mb * 2**20
         self.mean, self.std = mean, std
+        self.resident, self._store = resident, None
         self.default_rate_hz = default_rate_hz
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.timeout_seconds = timeout_seconds
@@ -162,11 +161,14 @@ class ShardData:
         seed: int,
         crop_samples: int | None = None,
         is_replay: bool = False,
+        device: torch.device | str = "cpu",
+        num_sharing: int = 1,
     ) -> Loader:
         """Serve a rank's micro-batches of the optimiser steps `start_step` up to `max_steps`.
 
         `crop_samples` at `rate_hz`, None for `crop_seconds`. The length counts from step 0 (`StepSampler`). A replay
-        shows batches that have been trained on before: the ledger of clips takes no note of it.
+        shows batches that have been trained on before: the ledger of clips takes no note of it. A resident corpus lies
+        on `device`, or in the memory of a host that `num_sharing` ranks share.
         """
         sampler = StepSampler(
             order=self.order(seed),
@@ -181,26 +183,35 @@ class ShardData:
         downloads = Downloads(requests, self.remote) if self.remote else None
         if downloads is not None:
             downloads.fetch_first()
+        num_workers = 0 if self.resident else self.num_workers
         return make_loader(
-            self._dataset(crop_samples, self.num_workers),
+            self._dataset(crop_samples, num_workers, device, num_sharing),
             requests,
-            num_workers=self.num_workers,
-            bad_clips=self._uncounted() if is_replay else self._ledger_of(rank, world_size),
+            num_workers=num_workers,
+            bad_clips=BadClips.uncounted(len(self.index)) if is_replay else self._ledger_of(rank, world_size),
             timeout_seconds=self.timeout_seconds,
             downloads=downloads,
         )
 
-    def validation_loader(self, *, rank: int, world_size: int, crop_samples: int | None = None) -> Loader | None:
+    def validation_loader(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        crop_samples: int | None = None,
+        device: torch.device | str = "cpu",
+        num_sharing: int = 1,
+    ) -> Loader | None:
         """Serve the middle crops of the clips held out, always in the same order; None where there are none."""
         if not self.num_validation_clips:
             return None
         sampler = FixedSampler(
             num_clips=self.num_validation_clips, batch_size=self.batch_size, rank=rank, world_size=world_size
         )
-        num_workers = min(1, self.num_workers)
+        num_workers = 0 if self.resident else min(1, self.num_workers)
         requests = Requests(sampler, self.index, self.held_out, None, with_labels=self.needs_labels)
         return make_loader(
-            self._dataset(crop_samples, num_workers),
+            self._dataset(crop_samples, num_workers, device, num_sharing),
             requests,
             num_workers=num_workers,
             bad_clips=self._ledger_of(rank, world_size),
@@ -216,17 +227,21 @@ class ShardData:
             pool = pool[self.index.shard[pool] == self.index.shard[pool[0]]]
         return pick(self.index, self.corpus.some_of(pool, NUM_CONSIDERED), num_clips, rate_hz=self.default_rate_hz)
 
-    def _dataset(self, crop_samples: int | None, num_workers: int) -> ClipDataset:
+    def _dataset(self, crop_samples: int | None, num_workers: int, device, num_sharing: int) -> ClipDataset:
         if crop_samples is None:
             if self.crop_seconds is None:
                 raise UserError("data.crop_seconds is null and no crop_samples are given; say how long a crop is")
             crop_samples = round(self.crop_seconds * self.rate_hz)
+        if self.resident and (self._store is None or self._store.device != torch.device(device)):
+            requests = Requests(None, self.index, np.union1d(self.clips, self.held_out), None)
+            self._store = Resident(requests, self.remote, rate_hz=self.rate_hz, device=device, num_sharing=num_sharing)
         return ClipDataset(
             rate_hz=self.rate_hz,
             crop_samples=crop_samples,
             padding=self.padding,
-            cache_bytes=self.cache_bytes // max(1, num_workers),
+            cache_bytes=0 if self.resident else self.cache_bytes // max(1, num_workers),
             remote=self.remote,
+            resident=self._store and self._store.clips,
         )
 
     def _ledger(self, run_dir: str | Path | None, max_bad_fraction: float, max_bad_in_a_row: int) -> BadClips:
@@ -245,26 +260,6 @@ class ShardData:
                 raise UserError(f"{where}: 0 clips to train on are left of {num_clips}: the rest is held out or lost")
         return ledger
 
-    def _uncounted(self) -> BadClips:
-        """Make a ledger that nobody reads and that stops nothing."""
-        return BadClips(None, len(self.index), len(self.index), 1.0, sys.maxsize)
-
     def _ledger_of(self, rank: int, world_size: int) -> BadClips:
         self.bad_clips.at_rank(rank, world_size)
         return self.bad_clips
-
-
-def _check_ranges(given: dict[str, float | None]) -> None:
-    for name, value in given.items():
-        if value is not None and value < (least := AT_LEAST.get(name, 0)):
-            raise UserError(f"data.{name}={value}: must be {least:g} or more")
-
-
-def _check(settings: dict) -> None:
-    """Check values and how they go together, with the config's own rules."""
-    sources = settings["sources"] or {}
-    values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
-    values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}
-    for key, value in values.items():
-        check_value(key, value)
-    check_drawing(values)

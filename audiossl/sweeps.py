@@ -8,28 +8,53 @@ and the table ends with the command that runs those alone.
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiossl.sweeping.plan import array_task, as_dict, chosen, command_for, is_first_process, locked, planned_points
+from audiossl.errors import UserError
+from audiossl.sweeping.picture import Look, Row, draw
+from audiossl.sweeping.plan import (
+    RECORD,
+    array_task,
+    as_dict,
+    chosen,
+    command_for,
+    is_first_process,
+    locked,
+    planned_points,
+    read_record,
+)
 from audiossl.sweeping.status import FINISHED, has_ended, read_jobs
 
-SAME_LOSS = ("optim.", "trainer.", "seed", "init")  # keys that leave the meaning of the loss alone
-Row = dict[str, Any]
+MAX_SHOWN = 12  # columns of the table that is printed; the csv has all
+SUMMARIES = {"audiossl.sweeps.Summary", "audiossl.probes.support.Summary"}
 
 
 class Summary(Callback):
-    """End a multirun with a table of its jobs; the process ends with 1 when one of its own did not finish."""
+    """End a multirun with a table of its jobs; the process ends with 1 when one of its own did not finish.
+
+    The settings say how the picture looks (`sweeping.picture.Look`); conf/sweep gives them beside what is swept.
+    """
+
+    def __init__(self, **look: Any):
+        self.look = Look.of(**look)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the summary into the sweep's folder and print it; see `hydra.experimental.callback.Callback`."""
-        end_sweep(config, summarise)
+        end_sweep(config, self.summarise)
+
+    def summarise(self, folder: Path, points: Sequence[Sequence[str]] | None) -> None:
+        """Write and print what the sweep in a folder has come to."""
+        summarise(folder, points, self.look)
 
 
 def end_sweep(config: DictConfig, summarise: Callable[[Path, list[tuple[str, ...]]], Any]) -> None:
@@ -52,7 +77,7 @@ def end_sweep(config: DictConfig, summarise: Callable[[Path, list[tuple[str, ...
         raise SystemExit(1)
 
 
-def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None) -> list[Row]:
+def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None, look: Look | None = None) -> list[Row]:
     """Write `summary.csv` and `summary.png` of the jobs in a sweep's folder, print the table, and return its rows.
 
     A row holds job, the keys that differ between jobs, loss, one column a score, seconds and status, ordered by job
@@ -67,7 +92,7 @@ def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None) -> li
         row |= {"loss": job.get("loss", "")} | {name: job.get("scores", {}).get(name, "") for name in scores}
         rows.append(row | {"seconds": job.get("seconds", ""), "status": job["status"]})
     _write_csv(folder / "summary.csv", rows)
-    _draw(folder / "summary.png", rows, keys, scores)
+    draw(folder / "summary.png", rows, keys, scores, look or Look())
     _print(folder, rows)
     return rows
 
@@ -87,28 +112,13 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def _draw(path: Path, rows: list[Row], keys: list[str], scores: list[str]) -> None:
-    """Draw a score over the key with most values, one line for each combination of the others."""
-    y = "linear" if "linear" in scores else next(iter(scores), None)
-    if y is None and keys and all(key.startswith(SAME_LOSS) for key in keys):
-        y = "loss"
-    if y is None or not any(row[y] != "" for row in rows):
-        print("no picture of the sweep: no job has a probe score, and losses of different settings cannot be compared")
-        return
-    from audiossl.plots import sweep_figure
-
-    x, *others = keys or ["job"]
-    line = ", ".join(others) or None
-    table = [row | ({line: ", ".join(str(row[key]) for key in others)} if line else {}) for row in rows]
-    sweep_figure(table, x=x, y=y, line=line, path=path)
-
-
 def _print(folder: Path, rows: list[Row]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     shown = [name for name in (rows[0] if rows else ()) if not re.search(r"_(low|high|fold\w+|neighbours|l2)$", name)]
+    shown = shown[: MAX_SHOWN - 2] + shown[-2:] if len(shown) > MAX_SHOWN else shown
     table = Table(*(escape(name) for name in shown))
     for row in rows:
         cells = [f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in shown]
@@ -124,3 +134,23 @@ def _print(folder: Path, rows: list[Row]) -> None:
             console.print(f"  {row['job']}: {row['status']}", **plain)
         if command := command_for(folder, [row["job"] for row in open_ones]):
             console.print(f"to run those alone:\n  {command}", **plain)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `python -m audiossl sweep`."""
+    parser.add_argument("folder", type=Path, help="the folder of a sweep, running or ended (hydra.sweep.dir)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write and print the summary of a sweep as far as it has come, with the command for what is left."""
+    about = read_record(args.folder)
+    if about is None:
+        raise UserError(f"{args.folder}: holds no sweep ({RECORD} is missing)")
+    config = yaml.safe_load((args.folder / "multirun.yaml").read_text(encoding="utf-8"))
+    settings = dict(config["hydra"]["callbacks"].get("summary") or {})
+    target = settings.pop("_target_", "audiossl.sweeps.Summary")
+    if target not in SUMMARIES:
+        raise UserError(f"{args.folder}: ends with {target}, which is none of ours")
+    module, _, name = target.rpartition(".")
+    getattr(importlib.import_module(module), name)(**settings).summarise(args.folder, about["points"])
+    return 0

@@ -8,26 +8,22 @@ process, with any cache, and a worker costs no memory per clip of the corpus.
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from audiossl.batch import Batch, Skipped, multi_hot
-from audiossl.errors import UserError
+from audiossl.loading.shardfiles import ShardFiles
 from audiossl.packing.tarfiles import read_member
 from audiossl.remote.location import RemoteShard
-from audiossl.remote.shardcache import mark_used
 from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
 
 Padding = Literal["cyclic", "zeros"]
-MAX_OPEN_SHARDS = 32
-MARK_SECONDS = 5.0  # how often a shard that is read is marked as used
+Samples = np.ndarray | torch.Tensor  # int16
 SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
 MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
@@ -57,7 +53,7 @@ class Crop(NamedTuple):
 
     row: int
     key: str
-    waveform: np.ndarray | None
+    waveform: Samples | None
     num_samples: int
     skipped: Skipped | None
     labels: tuple[int, ...] | None = None
@@ -70,7 +66,8 @@ class ClipDataset(torch.utils.data.Dataset):
     A longer clip is cut where `draw` says, at its own rate; a shorter one is repeated from a random start ("cyclic") or
     followed by zeros ("zeros"). A clip of another rate is resampled after the cut, by soxr. `cache_bytes` bounds the
     decoded int16 clips that each process keeps: first come, never evicted, because an epoch meets every clip once and
-    would turn over any cache that forgets. `remote` holds the shards, by name, that have to be downloaded.
+    would turn over any cache that forgets. `remote` holds the shards, by name, that have to be downloaded; `resident`
+    clips that are decoded already, by shard and offset, on any device (`resident.py`).
     """
 
     def __init__(
@@ -81,6 +78,7 @@ class ClipDataset(torch.utils.data.Dataset):
         padding: Padding,
         cache_bytes: int,
         remote: Mapping[str, RemoteShard] | None = None,
+        resident: Mapping[tuple[str, int], Samples] | None = None,
     ):
         assert crop_samples > 0 and rate_hz > 0 and cache_bytes >= 0
         self.rate_hz = rate_hz
@@ -88,6 +86,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.padding = padding
         self.cache_bytes = cache_bytes
         self.remote = remote or {}
+        self.resident = resident or {}
         self._forget()
 
     def __getitem__(self, request: ClipRequest) -> Crop:
@@ -107,11 +106,11 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def _forget(self) -> None:
         self._shards = ShardFiles(self.remote)
-        self._cache: dict[tuple[str, int], np.ndarray] = {}
+        self._cache: dict[tuple[str, int], Samples] = dict(self.resident)
         self._room = self.cache_bytes
         self._complete: set[tuple[str, int]] = set()  # clips whose end proved to be there
 
-    def _crop(self, request: ClipRequest) -> tuple[np.ndarray, int, float]:
+    def _crop(self, request: ClipRequest) -> tuple[Samples, int, float]:
         available = request.num_frames
         wanted = min(available, self._frames_wanted(request.rate_hz))
         start = _scaled(request.draw, available - wanted + 1)
@@ -125,7 +124,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if len(waveform) == 0:
             raise AudioError(f"no samples left at {self.rate_hz} Hz")
         if self.padding == "zeros":
-            return np.pad(waveform, (0, self.crop_samples - len(waveform))), len(waveform), 0.0
+            return _with_zeros(waveform, self.crop_samples), len(waveform), 0.0
         first = _scaled(request.draw, len(waveform)) if request.draw is not None else 0
         return waveform[(first + np.arange(self.crop_samples)) % len(waveform)], self.crop_samples, math.nan
 
@@ -134,13 +133,14 @@ class ClipDataset(torch.utils.data.Dataset):
             return self.crop_samples
         return math.ceil(self.crop_samples * rate_hz / self.rate_hz) + 1  # resampling may round down
 
-    def _frames(self, request: ClipRequest, start: int, wanted: int) -> np.ndarray:
+    def _frames(self, request: ClipRequest, start: int, wanted: int) -> Samples:
         """Decode frames [start, start + wanted) as int16, from the cache where the whole clip fits into it."""
         place = (request.shard, request.offset)
         if place in self._cache:
             return self._cache[place][start : start + wanted]
-        data = self._data(request)
-        if 2 * request.num_frames <= self._room and (whole := _whole(data, request)) is not None:
+        data = self.data_of(request)
+        fits = 2 * request.num_frames <= self._room and request.num_frames <= MAX_CACHED_FRAMES
+        if fits and (whole := decode_whole(data, request)) is not None:
             self._cache[place] = whole
             self._room -= whole.nbytes
             return whole[start : start + wanted]
@@ -150,16 +150,19 @@ class ClipDataset(torch.utils.data.Dataset):
             self._complete.add(place)
         return waveform
 
-    def _data(self, request: ClipRequest) -> bytes:
+    def data_of(self, request: ClipRequest) -> bytes:
         """Read a clip's bytes together with the tar header before them, which has to bear the clip's name."""
         if request.size > MAX_CLIP_BYTES:
             raise AudioError(f"{request.size} bytes, more than the limit of {MAX_CLIP_BYTES}")
         return read_member(partial(self._shards.read, request.shard), request.member, request.offset, request.size)
 
 
-def _whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
-    """Decode a clip to keep it; None for a damaged one, because damage outside the crop must not count only here."""
-    if _is_long(request) or request.num_frames > MAX_CACHED_FRAMES:
+def decode_whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
+    """Decode a clip to keep it; None for a damaged one, because damage outside the crop must not count only here.
+
+    None too for long ones of formats whose crops may lie elsewhere when they are sought.
+    """
+    if _is_long(request):
         return None
     try:
         return _decoded(data, 0, request.num_frames, request)
@@ -202,53 +205,14 @@ def _decoded(data: bytes, start: int, num_frames: int, request: ClipRequest) -> 
     return to_int16(waveform)
 
 
+def _with_zeros(waveform: Samples, num_samples: int) -> Samples:
+    missing = (0, num_samples - len(waveform))
+    return np.pad(waveform, missing) if isinstance(waveform, np.ndarray) else functional.pad(waveform, missing)
+
+
 def _scaled(draw: int | None, choices: int) -> int:
     """Pick one of `choices` by a 63-bit number, the middle one without."""
     return (choices - 1) // 2 if draw is None else draw * choices >> DRAW_BITS
-
-
-class ShardFiles:
-    """Read bytes of shards, keeping the files used last open; those in `remote`, by name, are downloaded when absent.
-
-    `pread` moves no shared position, so processes that inherited a descriptor do not disturb each other.
-    """
-
-    def __init__(self, remote: Mapping[str, RemoteShard] | None = None):
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._remote = remote or {}
-        self._marked: dict[str, float] = {}
-
-    def read(self, shard: str, offset: int, size: int) -> bytes:
-        """Read `size` bytes at `offset`; raise AudioError where the shard ends early, UserError where it is gone."""
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-        except OSError as error:
-            raise UserError(f"shard {shard} cannot be read: {error.strerror}; bring it back and resume") from error
-        if len(data) < size:
-            raise AudioError(f"its shard ends at byte {offset + len(data)} of the {offset + size} that the index says")
-        return data
-
-    def _descriptor(self, shard: str) -> int:
-        if shard not in self._open:
-            self._close_evicted()
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = self._remote[shard].open() if shard in self._remote else os.open(shard, os.O_RDONLY)
-        self._open.move_to_end(shard)
-        if shard in self._remote and time.monotonic() > self._marked.get(shard, 0) + MARK_SECONDS:
-            mark_used(self._open[shard])
-            self._marked[shard] = time.monotonic()
-        return self._open[shard]
-
-    def _close_evicted(self) -> None:
-        """Close what the cache has let go, so that its room becomes free."""
-        for shard in [name for name in self._open if name in self._remote]:
-            if os.fstat(self._open[shard]).st_nlink == 0:
-                os.close(self._open.pop(shard))
-
-    def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None) -> Batch:
@@ -257,9 +221,8 @@ def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None
     With `num_classes` every crop has labels and the batch a `target`, float32 (B, num_classes): 1 for each of a clip's.
     """
     good = [crop for crop in crops if crop.waveform is not None]
-    waveform = np.stack([crop.waveform for crop in good]) if good else np.zeros((0, crop_samples), np.int16)
     return Batch(
-        waveform=torch.from_numpy(waveform),
+        waveform=_stacked([crop.waveform for crop in good], crop_samples),
         num_samples=torch.tensor([crop.num_samples for crop in good], dtype=torch.int64),
         rows=torch.tensor([crop.row for crop in good], dtype=torch.int64),
         key=[crop.key for crop in good],
@@ -267,3 +230,11 @@ def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None
         skipped=[crop.skipped for crop in crops if crop.skipped is not None],
         start_seconds=torch.tensor([crop.start_seconds for crop in good], dtype=torch.float64),
     )
+
+
+def _stacked(waveforms: list[Samples], crop_samples: int) -> torch.Tensor:
+    """Stack crops; where some lie on a device, all come to it."""
+    devices = [waveform.device for waveform in waveforms if isinstance(waveform, torch.Tensor)]
+    if devices:
+        return torch.stack([torch.as_tensor(waveform, device=devices[0]) for waveform in waveforms])
+    return torch.from_numpy(np.stack(waveforms) if waveforms else np.zeros((0, crop_samples), np.int16))

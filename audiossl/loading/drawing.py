@@ -11,12 +11,16 @@ from typing import Literal
 
 import numpy as np
 
+from audiossl.config.rules import check_drawing, check_value
 from audiossl.errors import UserError
 from audiossl.loading.corpus import Corpus
 from audiossl.loading.mixture import Mixed, largest_remainder
 from audiossl.loading.order import Order, ShardWindows, Shuffled
 from audiossl.loading.sampling import FORMULAS, Weighted, clip_weights
 from audiossl.noise import mix_seed
+
+AT_LEAST = {"batch_size": 1, "rate_hz": 1, "max_bad_in_a_row": 1, "timeout_seconds": 1}  # else 0
+AT_LEAST |= {"crop_seconds": 1e-4, "cache_gb": 1e-6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +101,20 @@ class Drawing:
                 f"replacement, but only {there} clips have a label; draw fewer, or take data.replacement=true"
             )
         return Weighted(weights[number], num_draws=num_draws, replacement=replacement, seed=seed)
+
+
+def check_ranges(given: dict[str, float | None]) -> None:
+    """Raise `UserError` for a number under `data` that is too small."""
+    for name, value in given.items():
+        if value is not None and value < (least := AT_LEAST.get(name, 0)):
+            raise UserError(f"data.{name}={value}: must be {least:g} or more")
+
+
+def check_settings(settings: dict) -> None:
+    """Check values and how they go together, with the config's own rules."""
+    sources = settings["sources"] or {}
+    values = {f"data.{name}": value for name, value in settings.items() if name != "sources"}
+    values |= {f"data.sources.{name}.{key}": value for name, entry in sources.items() for key, value in entry.items()}
+    for key, value in values.items():
+        check_value(key, value)
+    check_drawing(values)

@@ -45,7 +45,7 @@ class Requests:
 
     def __init__(
         self,
-        sampler: StepSampler | FixedSampler,
+        sampler: StepSampler | FixedSampler | None,
         index: Index,
         clips: np.ndarray,
         seed: int | None,
@@ -207,7 +207,7 @@ def make_loader(
             batch_sampler=requests,
             num_workers=num_workers,
             collate_fn=partial(collate, crop_samples=dataset.crop_samples, num_classes=requests.num_classes),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not dataset.resident,
             timeout=poll_seconds if num_workers else 0,
             worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,
             multiprocessing_context=_fork_server() if num_workers else None,

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 
 from audiossl.config.cli import CONF
 from audiossl.config.settings import instantiate
-from audiossl.loading.clips import MP3_SLACK_FRAMES, ShardFiles
+from audiossl.loading.clips import MP3_SLACK_FRAMES
+from audiossl.loading.shardfiles import ShardFiles
 from audiossl.sound import audio, waveform
 from audiossl.sound.audio import AudioError
 from audiossl.sound.frontend import FrontEnd

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.loading.clips import ShardFiles
+from audiossl.loading.shardfiles import ShardFiles
 from audiossl.packing.writer import counted, start_worker
 from audiossl.passports.clipfacts import (
     FIXED_POINT,

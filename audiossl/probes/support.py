@@ -12,24 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
-from audiossl.sweeps import end_sweep, summarise
+from audiossl import sweeps
 
 
-class Summary(Callback):
+class Summary(sweeps.Summary):
     """End a multirun of probes with their tables; the process ends with 1 when a job did not finish."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write the summary into the sweep's folder and print it; see `hydra.experimental.callback.Callback`."""
-        end_sweep(config, summarise_probes)
-
-
-def summarise_probes(folder: Path, points: Sequence[Sequence[str]] | None = None) -> None:
-    """Write what every sweep ends with, then the probes side by side."""
-    summarise(folder, points)
-    write_summary(folder)
+    def summarise(self, folder: Path, points: Sequence[Sequence[str]] | None) -> None:
+        """Write what every sweep ends with, then the probes side by side."""
+        super().summarise(folder, points)
+        write_summary(folder)
 
 
 def write_summary(folder: Path) -> list[Path]:

@@ -36,11 +36,19 @@ class RunData(pl.LightningDataModule):
             seed=self.seed,
             crop_samples=self.crop_samples,
             is_replay=is_replay,
+            **self._place(),
         )
+
+    def _place(self) -> dict[str, Any]:
+        """Say where a resident corpus lies, and how many ranks share that host."""
+        return {"device": self.trainer.strategy.root_device, "num_sharing": self.trainer.num_devices}
 
     def val_dataloader(self):
         loader = self.data.validation_loader(
-            rank=self.trainer.global_rank, world_size=self.trainer.world_size, crop_samples=self.crop_samples
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            crop_samples=self.crop_samples,
+            **self._place(),
         )
         return loader if loader is not None else []
 

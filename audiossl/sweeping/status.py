@@ -67,6 +67,8 @@ def _read_job(folder: Path) -> Job:
     path = folder / "results.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
+        if results["status"] == FINISHED and (folder / "finetune.yaml").exists() and "format" not in results:
+            return job  # trained, and not yet tested
         scores = {k: v for k, v in (results.get("scores") or {}).items() if isinstance(v, int | float)}
         job |= {k: v for k, v in results.items() if k in ("loss", "seconds", "status")} | {"scores": scores}
         job["status"] += f": {results['error']}" if results.get("error") else ""

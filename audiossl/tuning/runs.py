@@ -41,7 +41,7 @@ DECIDING = (  # what all folds of a run have in common, also those that were fin
     *("trainer.max_steps", "trainer.max_epochs", "checkpoint.metric", "validate_every_steps"),
 )
 MAY_CHANGE = (  # besides sizes of batches and places of caches
-    *("data.num_workers", "data.cache_mb", "data.timeout_seconds", "data.damaged_shards"),
+    *("data.num_workers", "data.cache_mb", "data.timeout_seconds", "data.damaged_shards", "data.resident"),
     *("task.about", "task.published", "test.bootstrap"),
 )
 BEST = re.compile(r"best-step=(\d+)-(.+)=(-?[\d.e+-]+|inf)\.ckpt")
