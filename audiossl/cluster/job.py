@@ -18,7 +18,7 @@ from audiossl.checkpoints.signals import PREEMPTED
 from audiossl.cluster.allocation import Allocation, meeting_address, read_allocation
 from audiossl.cluster.command import Command, settle
 from audiossl.cluster.rank import LEFT
-from audiossl.cluster.requeue import explain, may_return, requeue, state_of
+from audiossl.cluster.requeue import come_back, explain, state_of
 from audiossl.config.settings import mask
 from audiossl.errors import UserError
 
@@ -137,18 +137,9 @@ def _after(job: Allocation, folder: Path, code: int) -> int:
     if code != PREEMPTED:
         say(f"failed with exit code {code}{_killed_by(code)}: see {folder}/slurm-{job.name}-*.log")
         return code if code > 0 else 1
-    state, reason = state_of(job)
-    if state not in ("RUNNING", "") and reason != "TimeLimit":
-        say(f"the ranks have saved and left; not requeued by this script ({state}): {explain(state, reason)}")
-        return PREEMPTED
-    may, why = may_return(folder, job)
-    if not may:
-        say(why)
-        return 1
-    say(f"the ranks have saved and left: {why}")
-    problem = requeue(job)
-    say(f"it could not be requeued: {problem}; submit it again, it goes on where it was")
-    return PREEMPTED
+    code, why = come_back(folder, job)
+    say(why)
+    return code
 
 
 def _killed_by(code: int) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from audiossl.checkpoints.signals import PREEMPTED
 from audiossl.cluster.allocation import Allocation, scontrol
 
 RECORD = "slurm.json"
@@ -65,7 +66,19 @@ def may_return(folder: Path, job: Allocation, environ: Mapping[str, str] = os.en
     return True, f"requeue {now['requeues']}"
 
 
-def requeue(job: Allocation, seconds: float = 60.0) -> str:
+def come_back(folder: Path, job: Allocation) -> tuple[int, str]:
+    """Requeue a job whose ranks have saved and left; returns only where it stays away, with exit code and reason."""
+    state, reason = state_of(job)
+    if state not in ("RUNNING", "") and reason != "TimeLimit":
+        return PREEMPTED, f"the ranks have left and this script does not requeue ({state}): {explain(state, reason)}"
+    may, why = may_return(folder, job)
+    if not may:
+        return 1, why
+    print(f"slurm: the ranks have saved and left: {why}", flush=True)
+    return PREEMPTED, f"it could not be requeued: {_requeue(job)}; submit it again, it goes on where it was"
+
+
+def _requeue(job: Allocation, seconds: float = 60.0) -> str:
     """Put the job back into the queue and wait until SLURM ends this process; returns what went wrong instead."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the end that was asked for needs no explanation
     done = subprocess.run(["scontrol", "requeue", str(job.job_id)], text=True, capture_output=True)
