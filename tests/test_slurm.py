@@ -1,5 +1,6 @@
 """Jobs of `slurm/run.sbatch` on a real SLURM of two nodes: signalled, killed, requeued, and nothing is lost."""
 
+import csv
 import json
 import os
 import re
@@ -36,7 +37,7 @@ class Job:
         where = environment() | {name: cluster.environment[name] for name in ("SLURM_CONF", "PATH")}
         where |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{where['PATH']}"}
         flags = [word for word in words if word.startswith("--")]
-        arguments = [word for word in words if not word.startswith("--")]
+        arguments = [word for word in words if not word.startswith("--")]  # Hydra's one flag is -m
         command = ["sbatch", "--parsable", *options, *flags, str(script), str(ROOT / "train.py"), *arguments]
         self.id = subprocess.check_output(command, cwd=folder, env=where, text=True).strip()
 
@@ -219,3 +220,51 @@ def test_a_cancelled_job_saves_and_stays_away(cluster, tmp_path):
     job.wait("CANCELLED")
     assert job.says("Restarts") == "0" and "it was cancelled" in job.log()
     assert list((run / "checkpoints").glob("step=*.ckpt")) and not (run / "slurm.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_array_of_three_masking_ratios_ends_with_its_summary(cluster, tmp_path):
+    """Two points at a time, one of them signalled on its way: it is requeued, and whoever ends last sums up."""
+    one = ("--array=0-2%2", "--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=1")
+    job = Job(cluster, tmp_path, *one, "-m", "model.mask_ratio=0.7,0.8,0.9", *TINY, "trainer.max_steps=60")
+    sweep = tmp_path / "runs" / f"sweep_{job.id}"
+    job.wait_for_step(sweep / "0", 3)
+    cluster.run("scancel", "--signal=USR1", f"{job.id}_0")
+    end = time.monotonic() + 3 * SECONDS
+    while not (sweep / "summary.csv").exists():
+        assert time.monotonic() < end, job.log()[-6000:]
+        for line in cluster.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A %r").splitlines():
+            if line.endswith("BeginTime"):
+                cluster.run("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now")
+        time.sleep(0.5)
+    with open(sweep / "summary.csv", newline="") as file:
+        rows = [(row["model.mask_ratio"], row["status"]) for row in csv.DictReader(file)]
+    assert rows == [("0.7", "finished"), ("0.8", "finished"), ("0.9", "finished")]
+    assert steps(sweep / "0") == list(range(60)) and "requeue 1" in job.log()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_points_sent_by_submitit_survive_a_signal_and_end_with_the_table(cluster, tmp_path):
+    where = environment(SLURM_CONF=cluster.environment["SLURM_CONF"], PYTHONPATH=str(ROOT))
+    words = ["-m", "hydra/launcher=submitit_slurm", "model.mask_ratio=0.7,0.8", *TINY, "trainer.max_steps=200"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, "hydra.sweep.dir=sweep"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    end = time.monotonic() + SECONDS
+    while not ((tmp_path / "sweep/1/metrics.csv").exists() and len(metrics(tmp_path / "sweep/1")) > 10):
+        assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-6000:]
+        time.sleep(0.2)
+    point = next(line for line in cluster.run("squeue", "-h", "-r", "-o", "%A %K").splitlines() if line.endswith(" 1"))
+    cluster.run("scancel", "--signal=USR1", point.split()[0])
+    while not cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%A"):
+        assert time.monotonic() < end + SECONDS and process.poll() is None, process.communicate()[0][-6000:]
+        time.sleep(0.2)
+    cluster.run("scontrol", "update", f"JobId={point.split()[0]}", "StartTime=now")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "2 jobs in sweep" in output, output[-6000:]
+    assert steps(tmp_path / "sweep/1") == list(range(200))
+    logs = "".join(path.read_text() for path in (tmp_path / "sweep").glob(".submitit/*/*_log.*"))
+    assert "requeue 1" in logs and "is saved; leaving with exit code 75" in logs

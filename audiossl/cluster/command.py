@@ -60,8 +60,10 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
         added.append("ckpt=last")
     if has_key(cfg, "trainer.devices") and "trainer.devices" not in given and cfg.trainer.devices in (1, "auto"):
         added += [f"trainer.devices={job.tasks}"] * (job.tasks > 1)
-    folder = settle_runtime(cfg, number) if job.array or not is_sweep else str(cfg.hydra.sweep.dir)
-    if not is_sweep:
+    folder = settle_runtime(cfg, number)  # of a single run
+    if is_sweep:
+        folder = f"{cfg.hydra.sweep.dir}/{cfg.hydra.sweep.subdir}" if job.array else str(cfg.hydra.sweep.dir)
+    else:
         _refuse_clock(cfg)
     HydraConfig.instance().cfg = None
     flag = ("-m",) * is_sweep
