@@ -134,11 +134,15 @@ class Cluster:
     def stop(self) -> None:
         """Cancel all jobs and end the daemons that this cluster started."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
-        time.sleep(1)
-        for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):
+        end = time.monotonic() + 40  # until the tasks have gone, which may save first
+        while subprocess.run(["squeue", "-h"], env=self.environment, capture_output=True).stdout.strip():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):  # nothing of them is to be kept
             if pid := self.pid(name):
                 try:
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, signal.SIGTERM if name == "munged" else signal.SIGKILL)
                 except ProcessLookupError:
                     continue
                 end = time.monotonic() + 10

@@ -39,6 +39,17 @@ class Allocation:
         """Choose the port where the ranks meet, so that two jobs on one node have two."""
         return FIRST_PORT + self.job_id % NUM_PORTS
 
+    def free_port(self, tries: int = 50) -> int:
+        """Take `port`, or the next one that nobody listens at on this machine, which has to be the first node."""
+        for port in range(self.port, self.port + tries):
+            with socket.socket() as listener:
+                try:
+                    listener.bind(("", port))
+                    return port
+                except OSError:
+                    continue
+        raise UserError(f"ports {self.port} to {self.port + tries - 1} of {self.nodes[0]} are taken; set MASTER_PORT")
+
 
 def read_allocation(environ: Mapping[str, str], list_nodes: Callable[[str], Sequence[str]] | None = None) -> Allocation:
     """Read SLURM's variables; raises UserError outside of a job, and where tasks and GPUs do not pair off."""

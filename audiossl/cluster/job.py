@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         command = settle(argv[0], argv[1:], job)
         command.folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("MASTER_ADDR", meeting_address(job.nodes))
-        os.environ.setdefault("MASTER_PORT", str(job.port))
+        os.environ.setdefault("MASTER_PORT", str(job.free_port()))
         _announce(job, command)
         code = 0
         if disk := os.path.expandvars(os.environ.get(STAGE, "")):
