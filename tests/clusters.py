@@ -91,12 +91,20 @@ class Cluster:
         about = {"host": socket.gethostname(), "home": self.home, "ports": free_ports(3), "grace": grace}
         conf = CONF.format(**about, kill_wait=kill_wait, gres=gres)
         (self.home / "slurm.conf").write_text(conf if gpus else conf.replace(" Gres=(null)", ""))
-        (self.home / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu Count={gpus}\n" if gpus else "")
+        files = [self.home / f"gpu{number}" for number in range(gpus)]
+        for file in files:
+            file.touch()
+        devices = ",".join(map(str, files))
+        (self.home / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={devices}\n" if gpus else "")
         self.environment = os.environ | {
             "SLURM_CONF": str(self.home / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin",
         }
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
 
     def _start(self) -> None:
         munge = self.home / "munge"

@@ -173,7 +173,7 @@ def kill_rank_while_saving(job: Job, folder: Path) -> int:
                 except OSError:
                     continue
                 mine = f"SLURM_JOB_ID={job.id}".encode() in about and b"SLURM_PROCID=0" in about
-                if mine and b"audiossl.cluster.rank" in words:
+                if mine and b"audiossl.cluster.rank" in words and not words.startswith(b"srun"):
                     os.kill(int(place.name), signal.SIGKILL)
                     return int(place.name)
         time.sleep(0.001)

@@ -71,7 +71,8 @@ class Srun:
     def run(self, options: list[str], words: list[str]) -> int:
         """Run `words` on the tasks that `options` ask for; returns the highest exit code."""
         self._process = subprocess.Popen(["srun", *options, sys.executable, "-u", *words])
-        return self._process.wait()
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
 
     def _explain(self, signum, frame) -> None:
         state, reason = state_of(self.job)
@@ -136,14 +137,14 @@ def _after(job: Allocation, folder: Path, code: int) -> int:
         return 0
     if code != PREEMPTED:
         say(f"failed with exit code {code}{_killed_by(code)}: see {folder}/slurm-{job.name}-*.log")
-        return code if code > 0 else 1
+        return code
     code, why = come_back(folder, job)
     say(why)
     return code
 
 
 def _killed_by(code: int) -> str:
-    number = code - 128 if code > 128 else -code
+    number = code - 128
     if number not in list(signal.Signals):
         return ""
     return (
