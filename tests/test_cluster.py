@@ -1,8 +1,8 @@
 """What a SLURM job does around its ranks, piece by piece; `test_slurm.py` has it on a real SLURM."""
 
-import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_a_task_of_an_array_runs_its_point_in_the_folder_that_all_share(tmp_path
     with pytest.raises(UserError, match="no point 3"):
         settle(str(ROOT / "train.py"), ["-m", "model.mask_ratio=0.7,0.8,0.9"], job(**alone | {"array": (40, 3)}))
     with pytest.raises(UserError, match="an array job runs a point"):
-        settle(str(ROOT / "train.py"), ["model.mask_ratio=0.7"], job(**alone))
+        settle(str(ROOT / "train.py"), ["name=x"], job(**alone))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def test_a_task_of_an_array_runs_its_point_in_the_folder_that_all_share(tmp_path
     [
         (["train.py", "hydra.run.dir=runs/${now:%H}"], "named by the time"),
         (["train.py", "modl=audiomae"], "modl"),
+        (["train.py", "trainer.devices=5"], "trainer.devices=5: the job has 4 tasks, 2 nodes x 2"),
         (["train.py", "--cfg", "job"], "--cfg: a job takes KEY=VALUE"),
         (["README.md"], "is none of train.py"),
     ],
@@ -196,7 +197,9 @@ def test_nothing_of_a_job_imports_torch_before_its_ranks_start():
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-def test_a_sha256_is_what_the_index_means(folder_shards):
-    index = Index.load(folder_shards)
-    found = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in index.shards]
-    assert found == [shard["sha256"] for shard in index.meta["shards"]]
+def test_the_ranks_take_the_next_port_where_one_is_taken():
+    with socket.socket() as listener:
+        listener.bind(("", job().free_port()))
+        taken = listener.getsockname()[1]
+        listener.listen()
+        assert taken < job().free_port() < taken + 50

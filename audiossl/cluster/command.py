@@ -58,8 +58,7 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
     cfg = _compose(path.stem, overrides + added, is_sweep, number)
     if "ckpt" in cfg and "ckpt" not in given and cfg.ckpt is None:
         added.append("ckpt=last")
-    if has_key(cfg, "trainer.devices") and "trainer.devices" not in given and cfg.trainer.devices in (1, "auto"):
-        added += [f"trainer.devices={job.tasks}"] * (job.tasks > 1)
+    added += _devices(cfg, job, is_given="trainer.devices" in given)
     folder = settle_runtime(cfg, number)  # of a single run
     if is_sweep:
         folder = f"{cfg.hydra.sweep.dir}/{cfg.hydra.sweep.subdir}" if job.array else str(cfg.hydra.sweep.dir)
@@ -82,6 +81,21 @@ def _compose(name: str, overrides: list[str], is_sweep: bool, number: int) -> Di
             return found
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())[:300]) from error
+
+
+def _devices(cfg: DictConfig, job: Allocation, is_given: bool) -> list[str]:
+    """Train on all tasks of the job; raises UserError where another number is asked for."""
+    if not has_key(cfg, "trainer.devices"):
+        return []
+    devices = cfg.trainer.devices
+    if not is_given and devices in (1, "auto") and job.tasks > 1:
+        return [f"trainer.devices={job.tasks}"]
+    if isinstance(devices, int) and devices not in (-1, job.tasks):
+        raise UserError(
+            f"trainer.devices={devices}: the job has {job.tasks} tasks, {len(job.nodes)} nodes x {job.tasks_per_node}; "
+            "submit with other --nodes and --ntasks-per-node, or leave it out"
+        )
+    return []
 
 
 def _refuse_clock(cfg: DictConfig) -> None:
