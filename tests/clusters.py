@@ -8,6 +8,7 @@ alone, so that ending it touches no other.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 CONF = """ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={home}/munge.socket
 SlurmUser=root
@@ -89,6 +91,9 @@ class Cluster:
         (self.home / "state").mkdir()
         gres = f"gpu:{gpus}" if gpus else "(null)"
         about = {"host": socket.gethostname(), "home": self.home, "ports": free_ports(3), "grace": grace}
+        about["first_job"] = 1000 + secrets.randbelow(
+            60_000
+        )  # a job's port comes from its number, also in other clusters
         conf = CONF.format(**about, kill_wait=kill_wait, gres=gres)
         (self.home / "slurm.conf").write_text(conf if gpus else conf.replace(" Gres=(null)", ""))
         files = [self.home / f"gpu{number}" for number in range(gpus)]

@@ -136,17 +136,17 @@ def _after(job: Allocation, folder: Path, code: int) -> int:
         say(f"finished: {folder}")
         return 0
     if code != PREEMPTED:
-        say(f"failed with exit code {code}{_killed_by(code)}: see {folder}/slurm-{job.name}-*.log")
+        say(f"failed with exit code {code}{_hint(code)}: see {folder}/slurm-{job.name}-*.log")
         return code
     code, why = come_back(folder, job)
     say(why)
     return code
 
 
-def _killed_by(code: int) -> str:
-    number = code - 128
-    if number not in list(signal.Signals):
+def _hint(code: int) -> str:
+    if code != 128 + signal.SIGKILL:
         return ""
     return (
-        f" ({signal.Signals(number).name}{', by the machine for want of memory?' if number == signal.SIGKILL else ''})"
+        " (SIGKILL, by which srun ends the other ranks when one has failed: the first that it names above is the cause; if "
+        "that one was killed too, the machine may have wanted memory)"
     )
