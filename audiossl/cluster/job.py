@@ -147,6 +147,6 @@ def _hint(code: int) -> str:
     if code != 128 + signal.SIGKILL:
         return ""
     return (
-        " (SIGKILL, by which srun ends the other ranks when one has failed: the first that it names above is the cause; "
+        " (SIGKILL, by which srun ends the others when one rank has failed: the first it names above is the cause; "
         "if that one was killed too, the machine may have wanted memory)"
     )
