@@ -144,6 +144,14 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}\n{done.stdout}"
         return done.stdout
 
+    def start_now(self, job: str) -> None:
+        """Let a requeued job start without SLURM's pause of two minutes.
+
+        Not at once: a start within a second of the requeue fails, the nodes having revoked the job's credential.
+        """
+        time.sleep(3)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def stop(self) -> None:
         """Cancel all jobs and end the daemons that this cluster started."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)

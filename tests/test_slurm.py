@@ -68,7 +68,7 @@ class Job:
     def start_again(self) -> None:
         """Wait until the job is back in the queue, and let it start without SLURM's two minutes' pause."""
         self.wait("PENDING")
-        self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        self.cluster.start_now(self.id)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -236,7 +236,7 @@ def test_an_array_of_three_masking_ratios_ends_with_its_summary(cluster, tmp_pat
         assert time.monotonic() < end, job.log()[-6000:]
         for line in cluster.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A %r").splitlines():
             if line.endswith("BeginTime"):
-                cluster.run("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now")
+                cluster.start_now(line.split()[0])
         time.sleep(0.5)
     with open(sweep / "summary.csv", newline="") as file:
         rows = [(row["model.mask_ratio"], row["status"]) for row in csv.DictReader(file)]
@@ -247,6 +247,7 @@ def test_an_array_of_three_masking_ratios_ends_with_its_summary(cluster, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_points_sent_by_submitit_survive_a_signal_and_end_with_the_table(cluster, tmp_path):
+    pytest.importorskip("submitit")
     where = environment(SLURM_CONF=cluster.environment["SLURM_CONF"], PYTHONPATH=str(ROOT))
     words = ["-m", "hydra/launcher=submitit_slurm", "model.mask_ratio=0.7,0.8", *TINY, "trainer.max_steps=200"]
     command = [sys.executable, str(ROOT / "train.py"), *words, "hydra.sweep.dir=sweep"]
@@ -259,10 +260,10 @@ def test_points_sent_by_submitit_survive_a_signal_and_end_with_the_table(cluster
         time.sleep(0.2)
     point = next(line for line in cluster.run("squeue", "-h", "-r", "-o", "%A %K").splitlines() if line.endswith(" 1"))
     cluster.run("scancel", "--signal=USR1", point.split()[0])
-    while not cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%A"):
+    while "BeginTime" not in cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%r"):
         assert time.monotonic() < end + SECONDS and process.poll() is None, process.communicate()[0][-6000:]
         time.sleep(0.2)
-    cluster.run("scontrol", "update", f"JobId={point.split()[0]}", "StartTime=now")
+    cluster.start_now(point.split()[0])
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "2 jobs in sweep" in output, output[-6000:]
     assert steps(tmp_path / "sweep/1") == list(range(200))
