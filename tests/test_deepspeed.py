@@ -86,7 +86,7 @@ def test_every_file_of_a_checkpoint_loads_without_objects_and_is_named_by_the_se
     ]
 
 
-@pytest.mark.faults
+@pytest.mark.faults("X11")
 def test_x11_signalled_killed_within_a_save_and_robbed_of_a_file_all_ranks_go_on_from_the_same_step(runs, tmp_path):
     """X11: rank 1 is signalled after step 3; killed -9 while it writes step 6; then its file of step 4 is lost."""
     run(tmp_path, ZERO, fault={"rank": 1, "signal": "SIGTERM", "step": 3}, expect=(75, 75))
@@ -102,7 +102,7 @@ def test_x11_signalled_killed_within_a_save_and_robbed_of_a_file_all_ranks_go_on
     assert losses(tmp_path) == losses(runs / "zero")
 
 
-@pytest.mark.faults
+@pytest.mark.faults("X11")
 def test_x11_killed_within_its_first_save_a_run_starts_again(copy, caplog):
     """X11: what was never whole is no loss, while a checkpoint that was and is no more stops the run."""
     for step in (4, 6):
@@ -111,7 +111,7 @@ def test_x11_killed_within_its_first_save_a_run_starts_again(copy, caplog):
     assert "starting from step 0" in caplog.text
 
 
-@pytest.mark.faults
+@pytest.mark.faults("X11")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(7))
 @pytest.mark.parametrize("rank, point", [(0, "mid-write"), (1, "mid-write"), (0, "before the seal")])
@@ -124,7 +124,7 @@ def test_x11_no_kill_within_a_save_leaves_an_unloadable_newest_checkpoint(runs, 
     assert_equal(weights(tmp_path), weights(runs / "zero"))
 
 
-@pytest.mark.faults
+@pytest.mark.faults("X11")
 def test_x11_another_number_of_ranks_or_another_stage_is_refused_with_the_way_out(runs):
     """X11: world 2 -> 1."""
     ckpt = runs / "zero" / STEP.format(6)
@@ -154,7 +154,7 @@ def plant(folder: Path, name: str, marker: Path) -> None:
     (folder / "COMPLETE").write_text(json.dumps(sealed))
 
 
-@pytest.mark.faults
+@pytest.mark.faults("S1", "S2")
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
 def test_s1_a_planted_pickle_is_refused_on_every_way_in(copy, monkeypatch, name, caplog):
     """S1, S2 for DeepSpeed's folders: resume, init, convert, method, encoder; torch's own way out is not ours."""
@@ -183,7 +183,7 @@ def main_raising(command: str, *arguments: str) -> None:
     _run([command, *arguments])
 
 
-@pytest.mark.faults
+@pytest.mark.faults("X11")
 def test_x11_any_damage_is_found_and_named(copy):
     """X11: a byte turned, a file cut, a file too many, a seal cut."""
     states = copy / STEP.format(6) / "checkpoint" / "mp_rank_00_model_states.pt"

@@ -22,12 +22,13 @@ LINES = [
     for line in block.splitlines()
 ]
 RUNS = [
-    (script, line.split(f"python {script}.py")[1])
+    (script, line.split(f"{runner} {script}.py")[1])
     for line in LINES
     for script in SPECS
-    if f"python {script}.py" in line
+    for runner in ("python", "slurm/run.sbatch")
+    if f"{runner} {script}.py" in line
 ]
-LINKING = ("data", "faults", "judging", "methods")
+LINKING = ("cluster", "data", "faults", "judging", "methods")
 NUM_JOBS = {"hop_ms": 6, "temporal_support": 10, "mask_ratio": 3}
 
 

@@ -30,6 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from audiossl.cluster.submitted import ask_for_our_signal, comes_back
 from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
 from audiossl.config.settings import check, mask, plain_config
@@ -86,6 +87,7 @@ def launch(
                 rewritten = _check(config_name, args, spec, conf, Path(program).stem, is_shown=True)
                 argv = [rewritten.get(argument, argument) for argument in argv]
         sys.argv = argv
+        ask_for_our_signal()
         task = _job(run, program, codes)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
     except UserError as error:
@@ -123,7 +125,8 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
         try:
             if is_sweep and is_first_process():
                 forget_failure(folder)
-            codes.append(run(cfg) or 0)
+            with comes_back(cfg, folder):
+                codes.append(run(cfg) or 0)
             return
         except UserError as error:
             _complain(program, error)
@@ -231,13 +234,21 @@ def _check_yaml_files(folder: Path) -> None:
 
 
 def _check_devices(cfg: DictConfig) -> None:
-    """Refuse several devices in a sweep, but for one point each in array jobs whose ranks srun has started."""
-    is_started_by_srun = array_task(cfg) is not None and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    if cfg.get("trainer", {}).get("devices", 1) not in (1, "auto") and not is_started_by_srun:
+    """Refuse several devices in a sweep, unless srun starts a task for each: in array jobs, and by submitit."""
+    devices = cfg.get("trainer", {}).get("devices", 1)
+    if devices in (1, "auto"):
+        return
+    launcher = cfg.hydra.launcher
+    tasks = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)
+    if array_task(cfg) is not None:
+        tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks == 1:
         raise UserError(
-            f"trainer.devices={cfg.trainer.devices} with -m: Lightning would start the sweep anew on every "
-            "device; sweep on one device, or give each job to a launcher (hydra/launcher=...)"
+            f"trainer.devices={devices} with -m: Lightning would start the sweep anew on every device; sweep on one "
+            "device, or on SLURM: sbatch --array=..., or hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=N"
         )
+    if tasks != devices:
+        raise UserError(f"trainer.devices={devices}: each point of the sweep has {tasks} tasks; take as many devices")
 
 
 def _check_folder(cfg: DictConfig, composer: Composer) -> None:

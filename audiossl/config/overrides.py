@@ -102,6 +102,10 @@ class Composer:
         for choice in override.sweep_iterator() if override.is_sweep_override() else [value]:
             for name in choice if isinstance(choice, list) else [choice]:
                 if str(name) not in options:
+                    if str(name).startswith("submitit"):
+                        raise UserError(
+                            f"{group}={name}: is not installed; pip install -e '.[slurm]' -c constraints.txt"
+                        )
                     near = ", ".join(nearest(name, options))
                     raise UserError(f"{group}={show(name)}: there is no such {group}; choose one of: {near}")
 

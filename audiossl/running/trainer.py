@@ -1,7 +1,7 @@
 """Which Lightning Trainer does a config ask for?
 
-Ours decide what Lightning would decide otherwise: where a checkpoint lies and when (`checkpointing`), what a signal does
-(`checkpoints/preemption`), how many devices there are (`devices`), and the end of the run, which is `max_steps` alone.
+Ours decide what Lightning would decide otherwise: where a checkpoint lies and when (`checkpointing`), what a signal
+does (`checkpoints/preemption`), how many devices there are (`devices`), and the run's end, which is `max_steps` alone.
 """
 
 from __future__ import annotations

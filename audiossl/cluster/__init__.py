@@ -1,0 +1,1 @@
+"""What a SLURM job does around its ranks: before them, and after they have left."""
