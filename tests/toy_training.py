@@ -173,7 +173,7 @@ def supervise(job: dict) -> None:
         os.dup2(output, 2)
         os.environ.update(job["environment"])
         (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
-        if job["options"]["fit"]:
+        if job["options"].get("fit"):
             import fits
 
             return fits.train(folder, **job["options"]["fit"])

@@ -47,7 +47,7 @@ class Sounds:
         return Sounds(where(values, self.values), where(length, self.length), *targets)
 
 
-class Augmentation:
+class Augmentation(nn.Module):
     """Draw what changes in each clip; every number 0, every choice none: nothing does.
 
     Waveforms, in this order. gain_db: whole decibels from -gain_db to gain_db - 1 (PaSST: 7). roll_samples: circular
@@ -87,7 +87,8 @@ class Augmentation:
         spectrogram_mixup_alpha: float,
         spectrogram_mixup_rule: Literal["passt", "atst"],
     ):
-        settings = {name: value for name, value in locals().items() if name not in ("self", "settings")}
+        super().__init__()
+        settings = {name: value for name, value in locals().items() if name not in ("self", "settings", "__class__")}
         for name in ("gain_db", "roll_samples", "mask_bands", "mask_frames"):
             if settings[name] < 0:
                 raise UserError(f"model.augment.{name}={settings[name]}: must be at least 0, which leaves it out")

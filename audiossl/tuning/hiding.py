@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import Masking, Patchout
 from audiossl.noise import Noise
 
 
-class Hiding:
+class Hiding(nn.Module):
     """Choose the patches that training keeps; all zero keeps every one.
 
     mask_ratio_time, mask_ratio_frequency: shares of columns and rows of each clip, [0, 1); how many stay is cut off
@@ -35,6 +35,7 @@ class Hiding:
         patchout_random: int,
         draws: Literal["published", "corrected"],
     ):
+        super().__init__()
         if draws not in ("published", "corrected"):
             raise UserError(f"model.hiding.draws={draws!r}: choose published or corrected")
         counts = dict(time=patchout_time, frequency=patchout_frequency, single=patchout_random)
