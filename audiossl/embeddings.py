@@ -7,6 +7,7 @@ grows with a recording is its features alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from audiossl.sound.waveform import block_samples, resample_blocks
 
 if TYPE_CHECKING:
     from audiossl.pretrained import PretrainedEncoder
+
+log = logging.getLogger(__name__)
+
+CLIPPED_PEAK, MAX_PEAK = 1.5, 100.0  # of a file's samples: resampling overshoots by some 10 %; what is no waveform
 
 __all__ = ["Embeddings", "clip_features", "embed", "evaluating", "valid_frames", "windows_of"]
 
@@ -125,7 +130,8 @@ def file_blocks(
     """Stream a file as blocks (S,) at the model's rate on its device; `progress` hears of each block how many
     seconds it has, and which share of the file is through (None where the file does not tell its length).
 
-    Samples are rounded to 16 bits, as packed clips are: what lossy files hold below that, training never hears.
+    Samples are rounded to 16 bits, as packed clips are: what lossy files hold below that, training never hears. Peaks
+    over full scale are clipped, with a warning above 1.5.
 
     Raises `AudioError` for what cannot be used.
     """
@@ -133,12 +139,17 @@ def file_blocks(
     with open_audio(path) as stream:
 
         def blocks() -> Iterator[Tensor]:
-            taken = 0
+            taken, peak = 0, 0.0
             for block in stream.blocks:
+                peak = max(peak, float(np.abs(block).max(initial=0.0)))
+                if peak > MAX_PEAK:
+                    raise AudioError(f"samples reach {peak:.3g}, where full scale is 1")
                 yield torch.from_numpy(to_int16(block)).to(device)
                 taken += len(block)
                 if progress is not None:
                     progress(len(block) / stream.rate_hz, taken / stream.num_frames if stream.num_frames else None)
+            if peak > CLIPPED_PEAK:
+                log.warning("%s: samples reach %.3g, where full scale is 1: clipped, as packing does", path, peak)
 
         yield from resample_blocks(blocks(), stream.rate_hz, model.rate_hz)
 

@@ -29,7 +29,7 @@ RUNS = [
     if f"{runner} {script}.py" in line
 ]
 LINKING = ("cluster", "data", "faults", "judging", "methods")
-NUM_JOBS = {"hop_ms": 6, "temporal_support": 10, "mask_ratio": 3}
+NUM_JOBS = {"sweep=masking": 9, "hop_ms": 6, "temporal_support": 10, "mask_ratio": 3}
 
 
 @pytest.mark.parametrize(("script", "line"), RUNS, ids=[f"{script} {line.strip()}" for script, line in RUNS])
