@@ -114,7 +114,7 @@ class Pretraining(pl.LightningModule):
         weights = None
         if len(self._window) > 1 and "weight" in self._window[0]:
             weights = torch.stack([w["weight"] for w in self._window])
-            self.excess = weights.mean() / weights[0].clamp(min=1)
+            self.excess = (weights.sum().clamp(min=1) / len(weights)) / weights[0].clamp(min=1)
             weights = weights / weights.sum().clamp(min=1)
         names = [name for name in self._window[0] if name != "weight"]
         stacks = {name: torch.stack([w[name].float() for w in self._window]) for name in names}

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from audiossl.errors import UserError
 from audiossl.sweeping.picture import Look, Row, draw
@@ -146,8 +145,9 @@ def main(args: argparse.Namespace) -> int:
     about = read_record(args.folder)
     if about is None:
         raise UserError(f"{args.folder}: holds no sweep ({RECORD} is missing)")
-    config = yaml.safe_load((args.folder / "multirun.yaml").read_text(encoding="utf-8"))
-    settings = dict(config["hydra"]["callbacks"].get("summary") or {})
+    path = args.folder / "multirun.yaml"  # written after the record: a kill may have come between
+    config = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    settings = dict(config.get("hydra", {}).get("callbacks", {}).get("summary") or {})
     target = settings.pop("_target_", "audiossl.sweeps.Summary")
     if target not in SUMMARIES:
         raise UserError(f"{args.folder}: ends with {target}, which is none of ours")

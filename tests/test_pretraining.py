@@ -189,3 +189,12 @@ def test_a_teacher_moves_once_per_optimiser_step_however_many_micro_batches():
         student, teacher = watch.seen[last]
         expected = torch.lerp(student, teachers[last], momentum_at(step, 0.9, 2))
         torch.testing.assert_close(teacher, expected, rtol=0, atol=1e-7)
+
+
+def test_a_step_whose_clips_are_all_unreadable_moves_on_with_micro_batches_too():
+    data = demo_data(2)
+    module = module_for(data, 1, batch_size=2)
+    nothing = Batch(torch.zeros(0, 11000, dtype=torch.int16), rows=torch.zeros(0, dtype=torch.int64))
+    batches = torch.utils.data.DataLoader([nothing, nothing], batch_size=None)
+    pl.Trainer(max_steps=1, accumulate_grad_batches=2, **QUIET).fit(module, batches)
+    assert module.trainer.global_step == 1 and all(p.isfinite().all() for p in module.method.parameters())

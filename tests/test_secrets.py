@@ -35,3 +35,11 @@ def test_secrets_in_a_text_are_masked_and_all_else_stays():
     assert mask({"password": "abc", "args": ["--password=abc", "depth=3"]}) == {
         "password": "***", "args": ["--password=***", "depth=3"]
     }  # fmt: skip
+
+
+def test_a_password_that_is_a_word_spoils_no_config(monkeypatch):
+    """A development server's, of the environment: it is masked where it stands alone, and nothing else changes."""
+    monkeypatch.setenv("DATABASE_PASSWORD", "audiossl")
+    config = {"_target_": "audiossl.methods.AudioMAE", "run_dir": "/audiossl/runs", "name": "audiosslnext"}
+    assert mask(config) == config
+    assert mask({"name": "x-audiossl", "my_token": 5}) == {"name": "x-***", "my_token": "***"}

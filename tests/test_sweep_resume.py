@@ -165,6 +165,32 @@ def test_the_command_sweep_says_how_far_a_sweep_is(sweep, capsys):
     assert main(["sweep", "."]) == 2 and "holds no sweep" in capsys.readouterr().err
 
 
+def test_a_sweep_whose_files_a_crash_has_emptied_goes_on(sweep, capsys):
+    assert sweep(RATIOS, "hydra.sweep.dir=s")[0] == 0
+    Path("s/1/results.json").write_text("")
+    Path("s/multirun.yaml").unlink()
+    assert main(["sweep", "s"]) == 0 and "1: no results" in capsys.readouterr().out
+    assert sweep(RATIOS, "hydra.sweep.dir=s", "ckpt=last") == (0, [0.8])
+    for broken in ("", "[]", '{"a": 1}', '{"points": 5, "command": []}'):
+        Path("s/sweep.json").write_text(broken)
+        assert main(["sweep", "s"]) == 2 and "broken" in capsys.readouterr().err
+
+
+def test_a_sweep_with_a_password_on_its_command_line_keeps_none_and_goes_on(sweep):
+    given = [
+        RATIOS,
+        "hydra.sweep.dir=s",
+        "data.cache_dir=https://me:planted@host/x",
+        "+hydra.job.env_set.A_TOKEN=planted",
+    ]
+    assert sweep(*given, stops=[0.8]) == (75, [0.7, 0.8])
+    files = [path for path in Path("s").rglob("*") if path.is_file()]
+    assert {"sweep.json", "multirun.yaml", "hydra.yaml"} <= {path.name for path in files}
+    assert not [path for path in files if b"planted" in path.read_bytes()]
+    assert sweep(*given, "ckpt=last") == (0, [0.8, 0.9])
+    assert statuses(Path("s")) == ["finished"] * 3 and main(["sweep", "s"]) == 0
+
+
 @pytest.mark.slow
 def test_a_sweep_by_submitit_ends_with_its_table_and_goes_on_with_its_failed_point(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

@@ -165,9 +165,9 @@ def _mask_what_hydra_wrote() -> None:
     """Take secrets that stood on the command line out of the job's `.hydra` folder."""
     job = HydraConfig.get()
     for path in Path(job.runtime.output_dir, job.output_subdir or "").glob("*.yaml") if job.output_subdir else ():
-        text = path.read_text(encoding="utf-8")
-        if (masked := mask(text)) != text:
-            path.write_text(masked, encoding="utf-8")
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (masked := mask(tree)) != tree:  # not the text: a bare *** is no YAML
+            path.write_text(yaml.safe_dump(masked, sort_keys=False), encoding="utf-8")
 
 
 def _check(

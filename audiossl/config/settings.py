@@ -29,6 +29,7 @@ SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
 SECRET_GIVEN = re.compile(rf"((?:\b|_){SECRET_WORDS}\s*[=:]\s*['\"]?)(?!\$\{{)[^\s,'\"}}]+", re.I)
 SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 MASK = "***"
+NO_SECRETS = ("_target_", "run_dir")  # of our packages; and the run's folder, which bears its name anyway
 
 
 def check(cfg: DictConfig, spec: Spec) -> None:
@@ -102,13 +103,19 @@ def mask(tree: Any, name: str = "") -> Any:
         return {key: mask(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [mask(item, name) for item in tree]
+    if isinstance(tree, int | float) and not isinstance(tree, bool) and SECRET_KEY.search(name):
+        return MASK
     if not isinstance(tree, str):
+        return tree
+    if name in NO_SECRETS:
         return tree
     if SECRET_KEY.search(name) and tree:
         return MASK
     for variable, secret in os.environ.items():
         if len(secret) >= 8 and SECRET_KEY.search(variable):
-            tree = tree.replace(secret, MASK)
+            # a word, as a development server's password may be, is one only where it stands alone
+            found = rf"(?<![^\W_]){secret}(?![^\W_])" if secret.isalpha() else re.escape(secret)
+            tree = re.sub(found, MASK, tree)
     return SECRET_GIVEN.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, tree))
 
 

@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from audiossl.config.settings import mask
 from audiossl.sweeping import plan
 from audiossl.sweeping.status import FINISHED, read_jobs
 
@@ -33,7 +34,7 @@ def launch_points(launcher: Launcher, config: DictConfig, max_batch_size: int | 
     if plan.is_first_process():
         plan.write_record(folder, points, config)
         with plan.locked(folder):
-            OmegaConf.save(config, folder / "multirun.yaml")
+            OmegaConf.save(OmegaConf.create(mask(OmegaConf.to_container(config))), folder / "multirun.yaml")
     if plan.is_going_on(config):
         done = {number for number, job in read_jobs(folder, points).items() if job["status"] == FINISHED}
         if skipped := [number for number in numbers if number in done]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shlex
 import sys
@@ -23,7 +24,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from audiossl.config.overrides import combinations, is_grid
+from audiossl.config.settings import mask
 from audiossl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 OURS = ".PointSweeper"
@@ -53,8 +57,8 @@ def is_ours(config: DictConfig) -> bool:
 
 
 def as_dict(overrides: Sequence[str]) -> Overrides:
-    """Split `+key=value` texts into keys without prefix and values."""
-    return {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in overrides)}
+    """Split `+key=value` texts into keys without prefix and values, secrets masked as they are where it is kept."""
+    return {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in mask(overrides))}
 
 
 def what_counts(points: Sequence[Overrides]) -> Callable[[Mapping[str, str]], Overrides]:
@@ -127,7 +131,15 @@ def check_sweep(config: DictConfig, points: Sequence[Sequence[str]]) -> None:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read the points and the command of the sweep in a folder; None where there is none."""
     path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(text, str) for point in about["points"] for text in point) and "command" in about:
+            return {"takes_ckpt": True} | about
+    except (ValueError, KeyError, TypeError):
+        log.debug("%s cannot be read", path, exc_info=True)
+    raise UserError(f"{path}: is no record of a sweep, or a broken one; give another folder, or remove it")
 
 
 def write_record(folder: Path, points: Sequence[Sequence[str]], config: DictConfig) -> None:
@@ -135,7 +147,8 @@ def write_record(folder: Path, points: Sequence[Sequence[str]], config: DictConf
     with locked(folder):
         if read_record(folder) is None:
             part = folder / f"{RECORD}.part"
-            about = {"command": sys.argv, "takes_ckpt": "ckpt" in config, "points": [list(point) for point in points]}
+            planned = mask([list(point) for point in points])
+            about = {"command": mask(sys.argv), "takes_ckpt": "ckpt" in config, "points": planned}
             part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             part.replace(folder / RECORD)
 

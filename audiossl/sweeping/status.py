@@ -45,7 +45,7 @@ def has_ended(job: Job) -> bool:
 def forget_failure(folder: Path) -> None:
     """Let a point that failed before count as running, now that it does."""
     path = folder / "results.json"
-    if path.is_file() and json.loads(path.read_bytes()).get("status") == "failed":
+    if path.is_file() and _results_in(path).get("status", "failed") == "failed":
         path.unlink()
 
 
@@ -64,12 +64,23 @@ def _number(path: Path, planned: Sequence[Overrides], counting: Callable[[Mappin
     return keys.index(overrides) if overrides in keys else None
 
 
+def _results_in(path: Path) -> dict[str, Any]:
+    """Read a point's results; of a file that lost power has left empty, none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _read_job(folder: Path) -> Job:
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     job: Job = {"overrides": as_dict(overrides), "status": STOPPED, "folder": folder}
     path = folder / "results.json"
     if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = _results_in(path)
+        if "status" not in results:
+            return job
         if results["status"] == FINISHED and (folder / "finetune.yaml").exists() and "format" not in results:
             return job  # trained, and not yet tested
         scores = {k: v for k, v in (results.get("scores") or {}).items() if isinstance(v, int | float)}
