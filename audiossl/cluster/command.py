@@ -40,9 +40,12 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
     In an array job a sweep (`-m`) is its task's point alone; elsewhere one job runs all of them, one after the other.
     """
     path = Path(program).resolve()
-    if path.stem not in SPECS or not path.is_file():
+    if path.stem not in SPECS:
+        raise UserError(f"{program}: is none of {', '.join(f'{name}.py' for name in SPECS)}")
+    if not path.is_file():
         raise UserError(
-            f"{program}: is none of {', '.join(f'{name}.py' for name in SPECS)}; submit from the repository"
+            f"{program}: is not in {path.parent}, where you submitted; submit from the repository, or give the whole "
+            f"path: {CONF.parent / path.name}"
         )
     is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
@@ -72,11 +75,13 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
 def _compose(name: str, overrides: list[str], is_sweep: bool, number: int) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=name):
-            jobs = Composer(name, SPECS[name], [], is_sweep).jobs(overrides)
+            composer = Composer(name, SPECS[name], [], is_sweep)
+            jobs = composer.jobs(overrides)
             first = next(jobs)
             found = first if number == 0 else next(itertools.islice(jobs, number - 1, None), None)
             if found is None:
-                raise UserError(f"--array: the sweep has no point {number}; points count from 0")
+                last = len(composer.points) - 1
+                raise UserError(f"--array: the sweep has no point {number}; submit it with --array=0-{last}")
             check(found, SPECS[name])
             return found
     except (HydraException, OmegaConfBaseException) as error:
