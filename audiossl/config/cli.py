@@ -56,13 +56,7 @@ GROUPS = {
 }
 
 
-def launch(
-    config_name: str,
-    run: Run,
-    spec: Spec,
-    argv: Sequence[str] | None = None,
-    conf: Path = CONF,
-) -> int:
+def launch(config_name: str, run: Run, spec: Spec, argv: Sequence[str] | None = None, conf: Path = CONF) -> int:
     """Check the command line and the config, call `run` with it under Hydra, and return the exit code.
 
     `run` gets the composed config without its `hydra` node, once, or once a job of a sweep (`-m`), and returns its exit
