@@ -77,7 +77,7 @@ def end_sweep(config: DictConfig, summarise: Callable[[Path, list[tuple[str, ...
 
 
 def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None, look: Look | None = None) -> list[Row]:
-    """Write `summary.csv` and `summary.png` of the jobs in a sweep's folder, print the table, and return its rows.
+    """Write `summary.csv` of the jobs in a sweep's folder and draw `summary.png`, print the table, return its rows.
 
     A row holds job, the keys that differ between jobs, loss, one column a score, seconds and status, ordered by job
     number. `points` lists the overrides of every job that should be there.
@@ -91,8 +91,8 @@ def summarise(folder: Path, points: Sequence[Sequence[str]] | None = None, look:
         row |= {"loss": job.get("loss", "")} | {name: job.get("scores", {}).get(name, "") for name in scores}
         rows.append(row | {"seconds": job.get("seconds", ""), "status": job["status"]})
     _write_csv(folder / "summary.csv", rows)
-    draw(folder / "summary.png", rows, keys, scores, look or Look())
-    _print(folder, rows)
+    is_drawn = draw(folder / "summary.png", rows, keys, scores, look or Look())
+    _print(folder, rows, ["summary.csv"] + ["summary.png"] * is_drawn)
     return rows
 
 
@@ -111,7 +111,7 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def _print(folder: Path, rows: list[Row]) -> None:
+def _print(folder: Path, rows: list[Row], files: list[str]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -125,7 +125,7 @@ def _print(folder: Path, rows: list[Row]) -> None:
     console = Console()
     console.print(table)
     plain = dict(markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{len(rows)} jobs in {folder}: summary.csv, summary.png", **plain)
+    console.print(f"{len(rows)} jobs in {folder}: {', '.join(files)}", **plain)
     open_ones = [row for row in rows if row["status"] != FINISHED]
     if open_ones:
         console.print(f"{len(open_ones)} of {len(rows)} did not finish:", **plain)

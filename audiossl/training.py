@@ -169,6 +169,8 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not os.environ.get("SLURM_JOB_ID"):  # inside a job it is worth hearing
+        warnings.filterwarnings("ignore", r"The `srun` command is available on your system but is not used")
     warnings.filterwarnings("ignore", r".*LeafSpec.*|.*not resumable.*|.*does not have many workers.*")
 
 

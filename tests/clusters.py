@@ -7,6 +7,7 @@ alone, so that ending it touches no other.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 CONF = """ClusterName=local
@@ -63,19 +66,21 @@ def why_not() -> str:
     return ""
 
 
-def free_ports(count: int) -> list[int]:
-    """Find `count` free TCP ports that follow each other."""
-    for first in range(16800 + os.getpid() % 1000, 30000, count):
-        sockets = [socket.socket() for _ in range(count)]
+def claim_ports(count: int) -> tuple[list[int], IO]:
+    """Find `count` free TCP ports that follow each other; no other cluster here takes them while the file is open.
+
+    Between the look and the daemons' start another one may look too, so a lock on a file stands for each row of ports.
+    """
+    for first in range(16800, 30000, count):
+        claim = open(Path(tempfile.gettempdir(), f"slurm-ports-{first}.lock"), "a")
         try:
-            for number, each in enumerate(sockets):
-                each.bind(("127.0.0.1", first + number))
-            return list(range(first, first + count))
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with ExitStack() as sockets:
+                for port in range(first, first + count):
+                    sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count)), claim
         except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
+            claim.close()
     raise RuntimeError("no free ports")
 
 
@@ -90,7 +95,8 @@ class Cluster:
         self.home.chmod(0o755)
         (self.home / "state").mkdir()
         gres = f"gpu:{gpus}" if gpus else "(null)"
-        about = {"host": socket.gethostname(), "home": self.home, "ports": free_ports(3), "grace": grace}
+        ports, self._claim = claim_ports(3)
+        about = {"host": socket.gethostname(), "home": self.home, "ports": ports, "grace": grace}
         about["first_job"] = 1000 + secrets.randbelow(
             60_000
         )  # a job's port comes from its number, also in other clusters
@@ -169,6 +175,7 @@ class Cluster:
                 end = time.monotonic() + 10
                 while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
                     time.sleep(0.05)
+        self._claim.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from audiossl.checkpoints.runlock import locked
 from audiossl.cluster.allocation import Allocation, meeting_address, read_allocation
 from audiossl.cluster.command import settle
 from audiossl.cluster.requeue import FRUITLESS, RECORD, may_return
@@ -87,7 +88,7 @@ def test_a_task_of_an_array_runs_its_point_in_the_folder_that_all_share(tmp_path
     command = settle(str(ROOT / "train.py"), ["-m", "model.mask_ratio=0.7,0.8,0.9"], job(**alone))
     assert command.folder == tmp_path / "runs" / "sweep_40" / "2"
     assert command.arguments == ("-m", "model.mask_ratio=0.7,0.8,0.9", "ckpt=last")
-    with pytest.raises(UserError, match="no point 3"):
+    with pytest.raises(UserError, match="no point 3; submit it with --array=0-2"):
         settle(str(ROOT / "train.py"), ["-m", "model.mask_ratio=0.7,0.8,0.9"], job(**alone | {"array": (40, 3)}))
     with pytest.raises(UserError, match="an array job runs a point"):
         settle(str(ROOT / "train.py"), ["name=x"], job(**alone))
@@ -101,11 +102,19 @@ def test_a_task_of_an_array_runs_its_point_in_the_folder_that_all_share(tmp_path
         (["train.py", "trainer.devices=5"], "trainer.devices=5: the job has 4 tasks, 2 nodes x 2"),
         (["train.py", "--cfg", "job"], "--cfg: a job takes KEY=VALUE"),
         (["README.md"], "is none of train.py"),
+        (["probe.py", "init=x", "task.root=x"], "4 tasks, and probe.py runs on one; submit with --nodes=1 .*=1 .*=1"),
+        (["probe.py", "init=x", "trainer=cpu"], "trainer: cannot be chosen with this command; leave it out"),
     ],
 )
 def test_a_wrong_command_ends_before_any_rank_starts(words, said):
     with pytest.raises(UserError, match=said):
         settle(str(ROOT / words[0]), words[1:], job())
+
+
+def test_a_job_submitted_from_another_folder_is_told_the_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"train.py: is not in {tmp_path}, .* give the whole path: {ROOT}/train.py"):
+        settle("train.py", ["trainer=cpu"], job())
 
 
 def checkpoint(folder: Path, step: int) -> None:
@@ -203,3 +212,20 @@ def test_the_ranks_take_the_next_port_where_one_is_taken():
         taken = listener.getsockname()[1]
         listener.listen()
         assert taken < job().free_port() < taken + 50
+
+
+def test_a_job_ends_before_its_ranks_start_where_the_run_is_in_use_or_the_disk_is_no_nodes_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "audiossl.cluster", str(ROOT / "train.py"), "trainer=cpu", "name=mine"]
+    shown = tmp_path / "bin" / "scontrol"  # answers for the cluster; nothing else of SLURM is reached
+    shown.parent.mkdir()
+    shown.write_text("#!/bin/sh\necho n1\n")
+    shown.chmod(0o755)
+    environ = os.environ | facts | {"PATH": f"{shown.parent}:{os.environ['PATH']}"}
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with locked(tmp_path / "runs" / "mine"):
+        refuse = subprocess.run(command, env=environ, text=True, capture_output=True)
+    assert refuse.returncode == 2 and f"is in use by process {os.getpid()} on" in refuse.stderr
+    refuse = subprocess.run(command, env=environ | {"AUDIOSSL_STAGE": "shards"}, text=True, capture_output=True)
+    assert refuse.returncode == 2 and "AUDIOSSL_STAGE=shards: give the whole path" in refuse.stderr

@@ -1,8 +1,13 @@
 """trainer.devices is the number of devices in all."""
 
+import os
+import warnings
+
 import pytest
 from hydra import compose, initialize_config_dir
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from audiossl import training
 from audiossl.config.cli import CONF
 from audiossl.config.commands import check_global_batch
 from audiossl.errors import UserError
@@ -78,6 +83,21 @@ def test_a_product_that_does_not_fit_is_refused():
         plan("gpu", 64, 3, available=64, environ={})
     with pytest.raises(UserError, match="trainer.num_nodes=4: SLURM job 17 has 8"):
         plan("gpu", 64, 4, available=8, environ=STEP)
+    with pytest.raises(UserError, match="trainer.num_nodes=3: SLURM job 17 has 8"):  # and not what would divide by 3
+        plan("gpu", 64, 3, available=8, environ=STEP)
+
+
+@pytest.mark.parametrize("job, is_said", [("", False), ("17", True)])
+def test_the_advice_to_use_srun_is_heard_in_a_job_alone(job, is_said, tmp_path, monkeypatch):
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        training._quieten()
+        SLURMEnvironment.detect()
+    assert any("srun" in str(warning.message) for warning in heard) == is_said
 
 
 @pytest.mark.parametrize(

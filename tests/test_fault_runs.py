@@ -70,8 +70,8 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_what_differs(straigh
         "optim.weight_decay=0.5": "optim.weight_decay: 0.05 -> 0.5",
         "data.fraction=0.2": "data.fraction: 0.1 -> 0.2",
     }
-    runs = {said: start(straight, *SETTINGS, override, ckpt="last") for override, said in cases.items()}
-    for said, (one,) in runs.items():
+    for override, said in cases.items():  # one after the other: of several at once the lock refuses all but one
+        (one,) = start(straight, *SETTINGS, override, ckpt="last")
         assert one.wait(120) == 2 and said in one.output(), one.output()
 
 

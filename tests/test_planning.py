@@ -62,8 +62,8 @@ def test_64_gpus_are_planned_where_there_is_none(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_fits_here_is_timed_and_a_sweep_is_added_up(tmp_path, monkeypatch, capsys):
     common = [*TINY, "-m", "model.mask_ratio=0.6,0.8", "trainer.max_steps=20", "dry_run=true"]
-    assert run(tmp_path, monkeypatch, *common)[0] == 0
-    found = json.loads((tmp_path / "runs" / "dry_run.json").read_text())
+    assert run(tmp_path, monkeypatch, *common, "hydra.sweep.dir=runs/swept")[0] == 0
+    found = json.loads((tmp_path / "runs" / "swept" / "dry_run.json").read_text())
     speeds = [job["speed"] for job in found["jobs"]]
     assert [speed["steps"] for speed in speeds] == [10, 10] and all(speed["mfu"] is None for speed in speeds)
     assert found["total"]["hours"] == sum(20 * 4 / speed["clips_per_second"] / 3600 for speed in speeds)

@@ -72,5 +72,7 @@ def test_losses_of_different_ratios_are_not_drawn_but_those_of_rates_are(tmp_pat
             make_job(tmp_path / name / str(number), number, [f"{key}=0.{number + 1}"], results)
         summarise(tmp_path / name)
     assert not (tmp_path / "ratios" / "summary.png").exists() and (tmp_path / "rates" / "summary.png").exists()
-    assert "cannot be compared" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cannot be compared" in printed and "ratios: summary.csv\n" in printed
+    assert "rates: summary.csv, summary.png\n" in printed
     assert len(rows_of(tmp_path / "ratios")) == 2 and ROOT.exists()

@@ -46,6 +46,30 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_if_held(folder: Path) -> None:
+    """Raise the `UserError` of `locked` where another process holds the lock now; takes nothing itself."""
+    path = Path(folder) / NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = _owner(path)
+        if error.errno not in _NO_LOCKS or _lives_here(owner):
+            raise _in_use(path, owner) from error
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(path: Path, owner: dict) -> UserError:
+    return UserError(
+        f"{path.parent}: is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}, job "
+        f"{owner.get('job') or 'none'}; wait for it to end, or give this run another name=..."
+    )
+
+
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -56,10 +80,7 @@ def _acquire(path: Path) -> int:
             is_alive = error.errno not in _NO_LOCKS or _lives_here(owner)
             if is_alive:
                 os.close(descriptor)
-                raise UserError(
-                    f"{path.parent}: is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}, job "
-                    f"{owner.get('job') or 'none'}; wait for it to end, or give this run another name=..."
-                ) from error
+                raise _in_use(path, owner) from error
             log.warning("%s: this file system knows no locks; nothing keeps another host's job out", path)
         try:
             is_ours = os.stat(path).st_ino == os.fstat(descriptor).st_ino

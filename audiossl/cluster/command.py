@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.cluster.allocation import Allocation
-from audiossl.config.cli import CONF
+from audiossl.config.cli import CONF, first_lines
 from audiossl.config.overrides import Composer, has_key, settle_runtime
 from audiossl.config.settings import check
 from audiossl.config.specs import SPECS
@@ -40,9 +40,12 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
     In an array job a sweep (`-m`) is its task's point alone; elsewhere one job runs all of them, one after the other.
     """
     path = Path(program).resolve()
-    if path.stem not in SPECS or not path.is_file():
+    if path.stem not in SPECS:
+        raise UserError(f"{program}: is none of {', '.join(f'{name}.py' for name in SPECS)}")
+    if not path.is_file():
         raise UserError(
-            f"{program}: is none of {', '.join(f'{name}.py' for name in SPECS)}; submit from the repository"
+            f"{program}: is not in {path.parent}, where you submitted; submit from the repository, or give the whole "
+            f"path: {CONF.parent / path.name}"
         )
     is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
@@ -58,7 +61,7 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
     cfg = _compose(path.stem, overrides + added, is_sweep, number)
     if "ckpt" in cfg and "ckpt" not in given and cfg.ckpt is None:
         added.append("ckpt=last")
-    added += _devices(cfg, job, is_given="trainer.devices" in given)
+    added += _devices(path.stem, cfg, job, is_given="trainer.devices" in given)
     folder = settle_runtime(cfg, number)  # of a single run
     if is_sweep:
         folder = f"{cfg.hydra.sweep.dir}/{cfg.hydra.sweep.subdir}" if job.array else str(cfg.hydra.sweep.dir)
@@ -72,20 +75,28 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
 def _compose(name: str, overrides: list[str], is_sweep: bool, number: int) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=name):
-            jobs = Composer(name, SPECS[name], [], is_sweep).jobs(overrides)
+            composer = Composer(name, SPECS[name], [], is_sweep)
+            jobs = composer.jobs(overrides)
             first = next(jobs)
             found = first if number == 0 else next(itertools.islice(jobs, number - 1, None), None)
             if found is None:
-                raise UserError(f"--array: the sweep has no point {number}; points count from 0")
+                last = len(composer.points) - 1
+                raise UserError(f"--array: the sweep has no point {number}; submit it with --array=0-{last}")
             check(found, SPECS[name])
             return found
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(" ".join(str(error).split())[:300]) from error
+        raise UserError(first_lines(error)[:300]) from error
 
 
-def _devices(cfg: DictConfig, job: Allocation, is_given: bool) -> list[str]:
-    """Train on all tasks of the job; raises UserError where another number is asked for."""
+def _devices(name: str, cfg: DictConfig, job: Allocation, is_given: bool) -> list[str]:
+    """Train on all tasks of the job; raises UserError where another number is asked for, or only one is of use."""
     if not has_key(cfg, "trainer.devices"):
+        if job.tasks > 1:  # each would do all of it, and write the same files
+            gpus = min(1, job.gpus_per_node)
+            raise UserError(
+                f"the job has {job.tasks} tasks, and {name}.py runs on one; submit with --nodes=1 --ntasks-per-node=1 "
+                f"--gpus-per-node={gpus}"
+            )
         return []
     devices = cfg.trainer.devices
     if not is_given and devices in (1, "auto") and job.tasks > 1:

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from audiossl.checkpoints.runlock import refuse_if_held
 from audiossl.checkpoints.signals import PREEMPTED
 from audiossl.cluster.allocation import Allocation, meeting_address, read_allocation
 from audiossl.cluster.command import Command, settle
@@ -34,13 +35,17 @@ def main(argv: list[str]) -> int:
         job = read_allocation(os.environ)
         srun = Srun(job)
         command = settle(argv[0], argv[1:], job)
+        refuse_if_held(command.folder)  # before ranks wait for one that has left, and before anything is staged
         command.folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("MASTER_ADDR", meeting_address(job.nodes))
         os.environ.setdefault("MASTER_PORT", str(job.free_port()))
         _announce(job, command)
         code = 0
-        if disk := os.path.expandvars(os.environ.get(STAGE, "")):
+        if disk := _disk(job):
             command, code = _stage(srun, command, disk)
+            if code and code != PREEMPTED:
+                say(f"staging failed with exit code {code}, for the reason above; no rank was started")
+                return code
         if code == 0:
             code = _train(srun, command)
     except UserError as error:
@@ -92,14 +97,22 @@ def _log(job: Allocation, command: Command) -> Path:
     return command.folder / f"slurm-{job.name}-RANK.log"
 
 
+def _disk(job: Allocation) -> str:
+    """Read where each node's own disk is, "" where nothing is to be staged."""
+    disk = os.path.expandvars(os.environ.get(STAGE, ""))
+    if "$" in disk:
+        raise UserError(f"{STAGE}={disk}: such a variable is not set on {job.nodes[0]}")
+    if disk and not os.path.isabs(disk):
+        raise UserError(f"{STAGE}={disk}: give the whole path, /tmp/shards say; this one is in a folder of all nodes")
+    return disk
+
+
 def _stage(srun: Srun, command: Command, disk: str) -> tuple[Command, int]:
     """Copy the shards to each node; returns the command that reads them there, and the highest exit code."""
     from audiossl.cluster.staging import place_of
     from audiossl.index import Index
     from audiossl.indexing.shardpaths import is_remote
 
-    if "$" in disk:
-        raise UserError(f"{STAGE}={disk}: such a variable is not set on {srun.job.nodes[0]}")
     added = []
     for key, shards in command.shards.items():
         if is_remote(shards):

@@ -63,7 +63,8 @@ def stage(index: Index, disk: Path, spare_bytes: int = SPARE_BYTES) -> Path:
                 _copy(Path(source), folder / name, shard, bar)
             _write_index(index, names, folder)
     except OSError as error:
-        raise UserError(f"{disk}: cannot be staged to: {error.strerror or error}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{disk}: cannot be staged to: {error.strerror or error}{where}") from error
     return folder
 
 

@@ -48,6 +48,7 @@ MAX_YAML_BYTES = 1_000_000
 MAX_YAML_ALIASES = 50  # a few dozen nested ones fill the memory
 MADE_BY_A_RUN = ("config.yaml", "finetune.yaml", "checkpoints", "metrics.csv")
 OTHERS_RECIPE = re.compile(r"In '(experiment|sweep)/([^']+)': Could not override '(\w+)'")
+OTHERS_GROUP = re.compile(r"^Could not override '([^']+)'\. No match in the defaults list")
 GROUPS = {
     "probe.py": ("protocol",),
     "finetune.py": ("task", "tuning"),
@@ -55,13 +56,7 @@ GROUPS = {
 }
 
 
-def launch(
-    config_name: str,
-    run: Run,
-    spec: Spec,
-    argv: Sequence[str] | None = None,
-    conf: Path = CONF,
-) -> int:
+def launch(config_name: str, run: Run, spec: Spec, argv: Sequence[str] | None = None, conf: Path = CONF) -> int:
     """Check the command line and the config, call `run` with it under Hydra, and return the exit code.
 
     `run` gets the composed config without its `hydra` node, once, or once a job of a sweep (`-m`), and returns its exit
@@ -207,19 +202,22 @@ def _check(
                 if number == 0 and not is_shown and is_first_process():
                     _check_folder(cfg, composer)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_first_lines(error)) from error
+        raise UserError(first_lines(error)) from error
     finally:
         HydraConfig.instance().cfg = None
     return composer.rewritten
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
+    """Put what Hydra says of a command line into a line, without its advice that leads nowhere here."""
     text = f"{error}\n{error.__cause__ or ''}" if isinstance(error, HydraException) else str(error)
     if recipe := OTHERS_RECIPE.search(text):
         kind, name, group = recipe.groups()
         what = "recipe" if kind == "experiment" else kind
         program = next((program for program, groups in GROUPS.items() if group in groups), "another command")
         return f"{kind}={name}: chooses a {group}, so it is a {what} of {program}; run it with that"
+    if other := OTHERS_GROUP.search(text):
+        return f"{other[1]}: cannot be chosen with this command; leave it out (--help lists what can)"
     lines = [line.strip() for line in text.splitlines() if line.strip(" ^") and "hydra.cc" not in line]
     return "; ".join(lines[: 6 if isinstance(error, yaml.YAMLError) else 2])
 

@@ -90,7 +90,7 @@ class Composer:
                 self._check_key(override, base, fields)
         job = [f"++{text}" if o.input_line in self.rewritten else text for o, text in pairs]
         cfg = hydra.compose(self.config_name, overrides=self.search + job, return_hydra_config=True)
-        settle_runtime(cfg, number)
+        settle_runtime(cfg, number, self.is_sweep)
         return cfg
 
     def _check_choice(self, override: Override) -> None:
@@ -201,7 +201,7 @@ def written_in(cfg: DictConfig, key: str) -> str:
     return ""
 
 
-def settle_runtime(cfg: DictConfig, number: int) -> str:
+def settle_runtime(cfg: DictConfig, number: int, is_sweep: bool = False) -> str:
     """Fill in what Hydra knows only when a job starts, so that `${hydra:...}` resolves; returns the job's folder."""
     with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
         cfg.hydra.job.num = number
@@ -209,7 +209,7 @@ def settle_runtime(cfg: DictConfig, number: int) -> str:
         cfg.hydra.runtime.output_dir = "."
         HydraConfig.instance().set_config(cfg)
         folder = str(cfg.hydra.run.dir)
-        if cfg.hydra.mode == RunMode.MULTIRUN:
+        if is_sweep or cfg.hydra.mode == RunMode.MULTIRUN:
             folder = f"{cfg.hydra.sweep.dir}/{cfg.hydra.sweep.subdir}"
         cfg.hydra.runtime.output_dir = folder
         HydraConfig.instance().set_config(cfg)

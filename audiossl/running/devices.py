@@ -78,15 +78,15 @@ def plan(
         devices = job.tasks if job else here * (num_nodes or 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"trainer.devices={devices}: give a count of at least 1, or auto")
+    unit = "GPU" if accelerator != "cpu" else "CPU process"
+    if job:
+        _check_job(job, devices, num_nodes, available if accelerator != "cpu" else None)
+        return Layout(accelerator, devices // job.nodes, job.nodes, _words(devices, unit, job.nodes, f" ({job.name})"))
     if num_nodes and devices % num_nodes:
         raise UserError(
             f"trainer.devices={devices}: the total does not divide by trainer.num_nodes={num_nodes}; take "
             f"trainer.devices={-(-devices // num_nodes) * num_nodes}, or leave trainer.num_nodes out"
         )
-    unit = "GPU" if accelerator != "cpu" else "CPU process"
-    if job:
-        _check_job(job, devices, num_nodes, available if accelerator != "cpu" else None)
-        return Layout(accelerator, devices // job.nodes, job.nodes, _words(devices, unit, job.nodes, f" ({job.name})"))
     nodes = num_nodes or 1
     is_one_of_several = nodes > 1 and "NODE_RANK" in environ and "MASTER_ADDR" in environ  # started by hand on each
     if devices // nodes > available or (nodes > 1 and not is_one_of_several):

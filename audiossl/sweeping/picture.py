@@ -48,14 +48,18 @@ class Look:
         return cls(published=tuple(curves), **settings)
 
 
-def draw(path: Path, rows: list[Row], keys: list[str], scores: list[str], look: Look) -> None:
-    """Draw a score over the key with most values, or the one asked for, one line for each combination of the others."""
+def draw(path: Path, rows: list[Row], keys: list[str], scores: list[str], look: Look) -> bool:
+    """Draw a score over the key with most values, or the one asked for, one line for each combination of the others.
+
+    Returns whether there was something to draw; a picture of an earlier summary goes where there is not.
+    """
     y = "linear" if "linear" in scores else next(iter(scores), None)
     if y is None and keys and all(key.startswith(SAME_LOSS) for key in keys):
         y = "loss"
     if y is None or not any(row[y] != "" for row in rows):
         print("no picture of the sweep: no job has a probe score, and losses of different settings cannot be compared")
-        return
+        path.unlink(missing_ok=True)
+        return False
     from audiossl.plots import sweep_figure
 
     keys = keys or ["job"]
@@ -84,6 +88,7 @@ def draw(path: Path, rows: list[Row], keys: list[str], scores: list[str], look: 
     if look.title:
         axis.set_title(look.title, fontsize=10, loc="left")
     figure.savefig(path, dpi=120)
+    return True
 
 
 def _draw_intervals(axis: Axes, rows: list[Row], places: list[float], y: str, line: str | None) -> None:
