@@ -22,6 +22,8 @@ PLACES = {
     "validation": "audiossl.pretraining.Pretraining.validation_step",
     "callback": "audiossl.running.callbacks.Throughput.on_train_batch_end",
     "logger": "audiossl.running.loggers.MetricsCsv.log_metrics",
+    "pictures": "audiossl.running.callbacks.Pictures._draw",
+    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger.log_metrics",
     "backward": "lightning.pytorch.LightningModule.backward",
     "update": "audiossl.pretraining.Pretraining.on_before_optimizer_step",
 }
@@ -204,5 +206,7 @@ def act(do: str, args: tuple) -> None:
             next(p for p in args[0].method.parameters() if p.grad is not None).grad.fill_(float("inf"))
         case "sleep":
             time.sleep(3600)
+        case "rest":
+            time.sleep(9)
         case _:
             raise AssertionError(do)
