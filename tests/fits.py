@@ -159,7 +159,9 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
     install_early_handlers()
     if int(os.environ.get("WORLD_SIZE", 1)) > 2:
         os.cpu_count = lambda: 64  # more ranks than this machine has cores
-    if fault is not None:
+    if fault == {"do": "compare epochs"}:
+        compare_epochs()
+    elif fault is not None:
         arm(**fault)
     try:
         fit(config)
@@ -189,6 +191,23 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
 
     def begin(self, batch, batch_idx):
         now.update(step=self.global_step, micro=batch_idx % self.trainer.accumulate_grad_batches)
+        return begun(self, batch, batch_idx)
+
+    Pretraining.training_step = begin
+
+
+def compare_epochs() -> None:
+    """Gather the ranks' epochs and steps at every micro-batch: they have to be equal; the last ones are printed."""
+    from audiossl.pretraining import Pretraining
+    from audiossl.running.ranks import Ranks
+
+    begun, ranks = Pretraining.training_step, []
+
+    def begin(self, batch, batch_idx):
+        ranks[:] = ranks or [Ranks()]
+        everywhere = ranks[0].gather((self.trainer.current_epoch, self.global_step, batch_idx))
+        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len(set(everywhere)) == 1, everywhere
+        print(f"epoch {everywhere[0][0]} at step {everywhere[0][1]} on all ranks", flush=True)
         return begun(self, batch, batch_idx)
 
     Pretraining.training_step = begin
