@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +198,21 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
 
 
 def compare_epochs() -> None:
-    """Gather the ranks' epochs and steps at every micro-batch: they have to be equal; the last ones are printed."""
+    """Gather the ranks' steps and clips at every micro-batch: no clip comes again before all of them have come."""
     from audiossl.pretraining import Pretraining
     from audiossl.running.ranks import Ranks
 
-    begun, ranks = Pretraining.training_step, []
+    begun, ranks, visits = Pretraining.training_step, [], Counter()
 
     def begin(self, batch, batch_idx):
         ranks[:] = ranks or [Ranks()]
-        everywhere = ranks[0].gather((self.trainer.current_epoch, self.global_step, batch_idx))
-        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len(set(everywhere)) == 1, everywhere
-        print(f"epoch {everywhere[0][0]} at step {everywhere[0][1]} on all ranks", flush=True)
+        everywhere = ranks[0].gather(((self.trainer.current_epoch, self.global_step, batch_idx), batch.key))
+        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len({at for at, _ in everywhere}) == 1, everywhere
+        visits.update(key for _, keys in everywhere for key in keys)
+        is_whole = len(visits) == self.trainer.datamodule.data.clips_per_epoch
+        whole = min(visits.values()) if is_whole else 0
+        assert max(visits.values()) <= whole + 1, visits
+        print(f"epoch {whole} at step {self.global_step} on all ranks", flush=True)
         return begun(self, batch, batch_idx)
 
     Pretraining.training_step = begin
