@@ -18,14 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from audiossl.checkpoints.atomic import (
-    AtomicCheckpointIO,
-    link_or_copy,
-    refuse_small_disk,
-    sweep,
-    try_to_remove,
-    write_atomically,
-)
+from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, prepare_folder, try_to_remove
 from audiossl.checkpoints.files import (
     describe_file,
     is_valid,
@@ -105,11 +98,7 @@ class Checkpointing(Checkpoint):
         self.ranks = Ranks()
         if trainer.is_global_zero:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sweep(self.folder)
-                write_atomically(self.folder / ".writable", lambda file: None)
-                (self.folder / ".writable").unlink()
-                refuse_small_disk(self.folder, pl_module)
+                prepare_folder(self.folder, pl_module)
             except OSError as error:
                 raise UserError(f"{self.folder}: checkpoints cannot be written here: {error.strerror}") from error
 

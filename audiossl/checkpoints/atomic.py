@@ -114,8 +114,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], check: Calla
     sync_folder(path.parent)
 
 
-def refuse_small_disk(folder: Path, module: torch.nn.Module) -> None:
-    """Raise `UserError` where not even the weights of `module` have room beside `folder`'s files."""
+def prepare_folder(folder: Path, module: torch.nn.Module) -> None:
+    """Make `folder`, tidy it and try it out; raises `UserError` where not even the weights of `module` have room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    write_atomically(folder / ".writable", lambda file: None)
+    (folder / ".writable").unlink()
     sizes = {value.data_ptr() or id(value): value.nbytes for value in (*module.parameters(), *module.buffers())}
     free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
     if free < needed:
