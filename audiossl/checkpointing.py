@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, sweep, try_to_remove, write_atomically
+from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, prepare_folder, try_to_remove
 from audiossl.checkpoints.files import (
     describe_file,
     is_valid,
@@ -98,10 +98,7 @@ class Checkpointing(Checkpoint):
         self.ranks = Ranks()
         if trainer.is_global_zero:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sweep(self.folder)
-                write_atomically(self.folder / ".writable", lambda file: None)
-                (self.folder / ".writable").unlink()
+                prepare_folder(self.folder, pl_module)
             except OSError as error:
                 raise UserError(f"{self.folder}: checkpoints cannot be written here: {error.strerror}") from error
 

@@ -42,6 +42,7 @@ from audiossl.running.devices import Layout, layout_of
 from audiossl.running.lastwords import LastWords
 from audiossl.running.loggers import MetricsCsv, build_loggers
 from audiossl.running.provenance import provenance_of
+from audiossl.running.ranks import others_wait
 from audiossl.running.rundata import RunData, crop_samples, max_steps_of
 from audiossl.running.stopping import EarlyStopping
 from audiossl.running.trace import Trace
@@ -104,12 +105,12 @@ def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], N
     results |= accounts.add_up()
     for scores in classes:
         scores.complete(trainer, module, run_data.val_dataloader)
-    if trainer.is_global_zero:
-        about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
-        results |= report.finish(put_together(method, config, vocabulary), averaging.averages(), *about)
-        report.reconcile(log, results)
-        _write_json(run_dir / "results.json", results)
-    trainer.strategy.barrier("end of the run")
+    with others_wait():
+        if trainer.is_global_zero:
+            about = (config, run_dir, clips, probe, trainer.global_step, classes, vocabulary)
+            results |= report.finish(put_together(method, config, vocabulary), averaging.averages(), *about)
+            report.reconcile(log, results)
+            _write_json(run_dir / "results.json", results)
     return results
 
 

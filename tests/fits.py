@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ PLACES = {
     "validation": "audiossl.pretraining.Pretraining.validation_step",
     "callback": "audiossl.running.callbacks.Throughput.on_train_batch_end",
     "logger": "audiossl.running.loggers.MetricsCsv.log_metrics",
+    "pictures": "audiossl.running.callbacks.Pictures._draw",
+    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger.log_metrics",
     "backward": "lightning.pytorch.LightningModule.backward",
     "update": "audiossl.pretraining.Pretraining.on_before_optimizer_step",
 }
@@ -157,7 +160,9 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
     install_early_handlers()
     if int(os.environ.get("WORLD_SIZE", 1)) > 2:
         os.cpu_count = lambda: 64  # more ranks than this machine has cores
-    if fault is not None:
+    if fault == {"do": "compare epochs"}:
+        compare_epochs()
+    elif fault is not None:
         arm(**fault)
     try:
         fit(config)
@@ -192,6 +197,27 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
     Pretraining.training_step = begin
 
 
+def compare_epochs() -> None:
+    """Gather the ranks' steps and clips at every micro-batch: no clip comes again before all of them have come."""
+    from audiossl.pretraining import Pretraining
+    from audiossl.running.ranks import Ranks
+
+    begun, ranks, visits = Pretraining.training_step, [], Counter()
+
+    def begin(self, batch, batch_idx):
+        ranks[:] = ranks or [Ranks()]
+        everywhere = ranks[0].gather(((self.trainer.current_epoch, self.global_step, batch_idx), batch.key))
+        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len({at for at, _ in everywhere}) == 1, everywhere
+        visits.update(key for _, keys in everywhere for key in keys)
+        is_whole = len(visits) == self.trainer.datamodule.data.clips_per_epoch
+        whole = min(visits.values()) if is_whole else 0
+        assert max(visits.values()) <= whole + 1, visits
+        print(f"epoch {whole} at step {self.global_step} on all ranks", flush=True)
+        return begun(self, batch, batch_idx)
+
+    Pretraining.training_step = begin
+
+
 def act(do: str, args: tuple) -> None:
     match do:
         case "kill" | "stop" | "term" | "int":
@@ -204,5 +230,7 @@ def act(do: str, args: tuple) -> None:
             next(p for p in args[0].method.parameters() if p.grad is not None).grad.fill_(float("inf"))
         case "sleep":
             time.sleep(3600)
+        case "rest":
+            time.sleep(9)
         case _:
             raise AssertionError(do)

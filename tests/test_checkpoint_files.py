@@ -210,7 +210,7 @@ def test_all_that_may_be_saved_is_loaded_as_it_was(tmp_path):
 
 @pytest.mark.faults("P4")
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EIO, errno.EXDEV])
 def test_no_failure_to_save_is_swallowed_and_the_old_file_stays(tmp_path, monkeypatch, function, number):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)

@@ -114,6 +114,15 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(toy
     assert run.losses() == []
 
 
+@pytest.mark.faults("C7")
+def test_a_disk_too_small_for_a_checkpoint_stops_the_run_before_the_first_step(toys, tmp_path):
+    code, run = toys.run(tmp_path, size=3000, fault={"disk": 2_000_000})
+    if code == 99:
+        pytest.skip("no mount namespaces here")
+    assert code == 1 and re.search(r"checkpoints: \d+ bytes are free .* a checkpoint takes \d+ and more", run.output())
+    assert run.losses() == [] and names(tmp_path) == []
+
+
 @pytest.mark.faults("P7")
 def test_non_finite_weights_are_not_saved(toys, tmp_path):
     code, run = toys.run(tmp_path, fault={"nan": 4})

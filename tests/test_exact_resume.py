@@ -32,13 +32,14 @@ def settings(model: str) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Give the folder of a method's run that nothing stopped."""
-    folders: dict[str, Path] = {}
+    folders: dict[tuple[str, int], Path] = {}
 
-    def straight_run(model: str) -> Path:
-        if model not in folders:
-            folders[model] = tmp_path_factory.mktemp("straight") / model
-            run(folders[model], *settings(model))
-        return folders[model]
+    def straight_run(model: str, every_steps: int = 1) -> Path:
+        key = (model, every_steps)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("straight") / model
+            run(folders[key], *settings(model), f"checkpoint.every_steps={every_steps}")
+        return folders[key]
 
     return straight_run
 
@@ -65,7 +66,7 @@ def test_killed_once_at_any_of_these_steps_a_method_ends_as_if_never_stopped(
 ):
     """Resumed at the very step, and up to three steps before it, which are done again."""
     kill_and_go_on(tmp_path, *settings(model), f"checkpoint.every_steps={every_steps}", at=(step,))
-    assert_same_run(straight(model), tmp_path, STEPS)
+    assert_same_run(straight(model, every_steps), tmp_path, STEPS)
 
 
 @pytest.mark.parametrize("model", METHODS)

@@ -27,7 +27,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.faults("P8")
-@pytest.mark.parametrize("at", ["training_step", "callback", "validation", "backward"])
+@pytest.mark.parametrize("at", ["training_step", "callback", "validation", "backward", "logger"])
 def test_an_exception_anywhere_is_shown_and_a_resume_ends_as_undisturbed(straight, tmp_path, at):
     (failed,) = run(tmp_path, *SETTINGS, fault={"do": "raise", "step": 5, "at": at}, expect=1)
     errors = [line for line in failed.output().splitlines() if "Error" in line and not line.startswith(" ")]
@@ -35,6 +35,15 @@ def test_an_exception_anywhere_is_shown_and_a_resume_ends_as_undisturbed(straigh
     run(tmp_path, *SETTINGS, ckpt="must")
     # a validation that was cut short is not repeated, and so not counted
     assert_same_run(straight, tmp_path, 8, but=("loops", "callbacks") if at == "validation" else ())
+
+
+@pytest.mark.faults("P8", "P11")
+def test_a_logger_of_others_that_fails_is_switched_off_with_a_line_and_the_run_ends_as_undisturbed(straight, tmp_path):
+    fault = {"do": "raise", "step": 5, "at": "tensorboard"}
+    (one,) = run(tmp_path, *SETTINGS, "logger=default", fault=fault)
+    line = "TensorBoardLogger failed and is switched off for this run: the fault of this test"
+    assert one.output().count(line) == 1
+    assert_same_run(straight, tmp_path, 8)
 
 
 @pytest.mark.faults("P7")

@@ -51,6 +51,29 @@ def test_an_exception_on_one_rank_is_what_both_say_first(settings, tmp_path, vic
     check_resume(tmp_path, settings, step=5)
 
 
+@pytest.mark.slow
+@pytest.mark.faults("X7")
+def test_a_first_rank_that_draws_for_longer_than_the_time_out_is_waited_for(settings, tmp_path):
+    more = ["trainer.timeout_seconds=4.0", "pictures.clips=1", "pictures.every_steps=3", "data.validation_clips=2"]
+    runs = run(tmp_path, *settings, *more, ranks=2, fault={"do": "rest", "step": 2, "at": "pictures", "rank": 0})
+    assert not any("Timeout (" in one.output() for one in runs)
+    assert len(list((tmp_path / "pictures").glob("step=*.png"))) >= 3 and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.faults("X7")
+def test_a_rank_that_never_comes_is_given_up_after_the_time_of_the_start(settings, tmp_path):
+    config = ["trainer.startup_timeout_seconds=4.0"]
+    first, second = start(tmp_path, *settings, *config, ranks=2)
+    os.kill(second.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        assert first.wait(60) == 1
+        assert time.monotonic() - started < 4 + 15
+    finally:
+        os.kill(second.pid, signal.SIGKILL)
+    assert "DistStoreError" in first.output() or "imed out" in first.output(), first.output()
+
+
 @pytest.mark.faults("X7")
 def test_a_rank_that_stands_still_is_given_up_in_time_with_the_stacks_of_the_others(settings, tmp_path):
     more = [*settings, "trainer.timeout_seconds=6.0"]

@@ -47,6 +47,20 @@ def test_two_ranks_are_in_the_same_epoch_at_every_step_and_draw_noise_of_their_o
     assert not hashes[0] & hashes[1] and len(hashes[0]) == len(trace(folder))
 
 
+@pytest.mark.faults("X3")
+@pytest.mark.parametrize("length", ["steps", pytest.param("epochs", marks=pytest.mark.slow)])
+def test_the_epoch_is_the_same_on_all_ranks_at_every_step(settings, tmp_path, length):
+    """41 clips on two ranks, in steps of four; asked of all ranks within each step."""
+    given = ["data.batch_size=2", "trainer.max_steps=24"]
+    if length == "epochs":
+        given = ["data.batch_size=2", "trainer.max_steps=null", "trainer.max_epochs=2"]
+        given += ["optim.warmup_steps=null", "optim.warmup_ratio=0.1"]
+    both = run(tmp_path, *settings, *given, ranks=2, fault={"do": "compare epochs"})
+    said = [[line for line in one.output().splitlines() if line.endswith("on all ranks")] for one in both]
+    assert said[0] == said[1] and len(said[0]) == (24 if length == "steps" else 21)
+    assert {line.split()[1] for line in said[0]} == {"0", "1", "2"}, said[0]
+
+
 @pytest.mark.faults("R7", "R5", "R4")
 def test_two_ranks_killed_within_and_between_epochs_end_as_if_never_stopped(two, tmp_path):
     given, folder = two

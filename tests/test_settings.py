@@ -153,6 +153,8 @@ optim.weight_decay=               must be a number; nothing was given
 optim.warmup_steps=2300           is longer than trainer.max_steps=1800
 trainer.max_steps=abc             must be a whole number or null
 trainer.max_steps=0               must be at least 1
+trainer.timeout_seconds=0         must be above 0
+trainer.startup_timeout_seconds=-1 must be above 0
 trainer.max_steps=-5              must be at least 1
 trainer.max_steps=1e3             must be a whole number or null; write 1000
 trainer.max_steps=1e99            must be a whole number or null

@@ -13,10 +13,12 @@ from conftest import ROOT
 
 from audiossl.errors import UserError
 from audiossl.index import Index
+from audiossl.labelled.classes import classes_of
 from audiossl.pretraining import Pretraining
 from audiossl.shards import ShardData
 from audiossl.sound.audio import decode
 from audiossl.tasks import load_task
+from audiossl.tuning.start import check_classes
 
 FOLDER = yaml.safe_load((ROOT / "conf" / "task" / "folder.yaml").read_text())
 DEMO = ROOT / "demo" / "shards"
@@ -241,6 +243,19 @@ def test_several_labels_need_a_multilabel_task(task_of, real_folder, tmp_path):
     assert task_of(folder).kind == "multilabel" and task_of(folder).metric == "mAP"
     with pytest.raises(UserError, match="has 2 labels, and a multiclass task needs one each"):
         task_of(folder, kind="multiclass")
+
+
+@pytest.mark.faults("C5")
+def test_a_class_list_that_lacks_one_of_527_is_refused_with_both_counts():
+    names = [f"class{number}" for number in range(527)]
+    columns = SimpleNamespace(names=names, labels=SimpleNamespace(ids=np.arange(527)), known=None)
+    with pytest.raises(UserError, match=r"'class526' is not in task.classes \(526 classes, .* 527, 1 of them unknown"):
+        classes_of(columns, names[:-1], "labels.csv")
+    head = SimpleNamespace(geometry={"num_classes": 526})
+    with pytest.raises(UserError, match="scores 526 classes without names, the task has 527"):
+        check_classes(SimpleNamespace(head=head, labels=None), names, "x")
+    with pytest.raises(UserError, match=r"the class 'class526' \(1 of 527 are unknown to it\)"):
+        check_classes(SimpleNamespace(head=head, labels=names[:-1]), names, "x")
 
 
 @pytest.mark.faults("C5")

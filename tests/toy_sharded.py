@@ -148,6 +148,6 @@ if __name__ == "__main__":
     import audiossl.sharded.start
     import audiossl.training  # noqa: F401
 
-    audiossl.sharded.start.trainer_arguments("deepspeed", "cpu", "32-true", timedelta(minutes=5))
+    audiossl.sharded.start.trainer_arguments("deepspeed", "cpu", "32-true", timedelta(minutes=5), timedelta(minutes=5))
     toy_training.train = train
     toy_training.serve()

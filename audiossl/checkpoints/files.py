@@ -22,6 +22,7 @@ from audiossl.sharded.folders import SEAL, is_sharded, problem_of, read_seal
 
 log = logging.getLogger(__name__)
 
+NO_WAY = "nothing lets a run resume from it"
 REQUIRED = ("state_dict", "loops", "global_step", "optimizer_states", "lr_schedulers")
 
 
@@ -81,6 +82,12 @@ def newest_valid(folder: str | Path) -> Path | None:
     return None
 
 
+def describe_damaged(folder: str | Path) -> str:
+    """Name one of the files that were set aside in `folder`, and say what it is; "" when there is none."""
+    aside = sorted(Path(folder).glob("*.corrupt"))
+    return f"{aside[-1]} is {describe_file(aside[-1])}" if aside else ""
+
+
 def resolve_ckpt(value: str | Path | None, run_dir: str | Path) -> Path | None:
     """Turn the config's `ckpt` into the file to resume from; None starts from the beginning.
 
@@ -95,11 +102,8 @@ def resolve_ckpt(value: str | Path | None, run_dir: str | Path) -> Path | None:
         if path is not None:
             log.info("resuming from %s, step %d", path, step_of(path))
             return path
-        damaged = sorted(folder.glob("*.corrupt"))
-        if damaged:
-            raise UserError(
-                f"ckpt={value}: no valid checkpoint in {folder}, damaged: {damaged[-1].name}; ckpt=null restarts"
-            )
+        if damaged := describe_damaged(folder):
+            raise UserError(f"ckpt={value}: no valid checkpoint in {folder}; {damaged}; ckpt=null restarts")
         if value == "must":
             raise UserError(f"ckpt=must: no checkpoint in {folder}; ckpt=last starts when there is none")
         log.warning("ckpt=last: no checkpoint in %s yet; starting from step 0", folder)
@@ -144,7 +148,7 @@ def _inspect(path: Path) -> tuple[bool, str]:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return False, "a safetensors file: weights alone, without optimiser and step"
     if head.startswith(b"\x80"):
-        return False, "a bare pickle or a torch file older than 1.6, which could run code"
+        return False, f"a bare pickle or a torch file older than 1.6, which could run code; {NO_WAY}"
     if not head.startswith(b"PK"):
         return False, f"no torch file (it begins with {head[:8]!r})"
     return _inspect_archive(path, size)
@@ -166,7 +170,7 @@ def _inspect_archive(path: Path, size: int) -> tuple[bool, str]:
     try:
         content = read_lazily(path)
     except pickle.UnpicklingError as error:
-        return False, f"a torch file with Python objects in it, which could run code ({_forbidden(error)})"
+        return False, f"a torch file with Python objects in it, which could run code ({_forbidden(error)}); {NO_WAY}"
     except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         return False, f"damaged ({error})"
     return _judge(content)

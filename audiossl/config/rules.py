@@ -57,6 +57,7 @@ RULES = (
     Rule("*mlp_ratio", *POSITIVE),
     Rule("*_ms", *POSITIVE),
     Rule("*.seconds", *POSITIVE),
+    Rule("trainer.*timeout_seconds", *POSITIVE),
     Rule("*_seconds", *_at_least(0)),
     Rule("*.rate_hz", *POSITIVE),
     Rule("*.cache_gb", *POSITIVE),

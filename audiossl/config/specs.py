@@ -72,6 +72,7 @@ PRETRAIN = Spec(
         "trainer.num_nodes": "| None",
         "trainer.precision": "| Literal['auto']",
         "trainer.timeout_seconds": "float",
+        "trainer.startup_timeout_seconds": "float",
         "probe.shards": "| None",
     },
     checks=(check_pretraining, check_global_batch, check_sharding),

@@ -53,7 +53,8 @@ def classes_of(columns: Columns, classes: str | list[str] | None, where: str | N
     classes = [str(name) for name in classes]
     if unknown := sorted(found - set(classes)):
         raise UserError(
-            f"{where}: the label '{unknown[0]}' is not in task.classes; it has {', '.join(classes[:8])} ..."
+            f"{where}: the label '{unknown[0]}' is not in task.classes ({len(classes)} classes, and the labels name "
+            f"{len(found)}, {len(unknown)} of them unknown); it has {', '.join(classes[:8])} ..."
         )
     if len(set(classes)) < len(classes):
         raise UserError("task.classes: a class is named twice")

@@ -167,4 +167,4 @@ def _refuse_twins(path: Path, names: list[str]) -> None:
     for name in names:
         repeated[name] += 1
         if repeated[name] > 1:
-            raise UserError(f"{path}: '{name}' is listed twice")
+            raise UserError(f"{path}: '{name}' is listed twice ({len(names) - len(set(names))} of {len(names)} are)")

@@ -23,6 +23,7 @@ from audiossl.features.statistics import logmel_statistics
 from audiossl.heads.accuracy import confidence_interval, knn_accuracy, linear_accuracy
 from audiossl.heads.examples import Split
 from audiossl.index import Index
+from audiossl.running.ranks import others_wait
 from audiossl.sound.audio import AudioError, decode, resample, to_int16
 
 
@@ -114,6 +115,8 @@ class Probe:
 class ProbeCallback(Callback):
     """Run a probe before training, every `probe.every_steps` optimiser steps and after it, on the first rank.
 
+    The others wait for it, however long it takes; they know of the steps in `history` without scores.
+
     `history` maps an optimiser step to its scores and `baseline` holds those of the log-mel; both travel with the
     checkpoint, so that a resumed run still knows what stood before. Every score goes to the loggers as `probe/NAME`.
     """
@@ -122,6 +125,7 @@ class ProbeCallback(Callback):
         self.probe = probe
         self.baseline: dict[str, float] = {}
         self.history: dict[int, dict[str, float]] = {}
+        self._has_baseline = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step in self.history:  # a resumed run's loggers have forgotten the step that it starts from
@@ -129,8 +133,10 @@ class ProbeCallback(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Score before the first step; here, since by now a signal is heard (`Preemption`)."""
-        if trainer.is_global_zero and not self.baseline:
-            self.baseline = self.probe.baseline(module.method.frontend)
+        if not self._has_baseline:
+            self._has_baseline = True
+            with others_wait():
+                self.baseline = self.probe.baseline(module.method.frontend) if trainer.is_global_zero else {}
         if trainer.global_step % self.probe.every_steps == 0:
             self._run(trainer, module)
 
@@ -149,9 +155,12 @@ class ProbeCallback(Callback):
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step = trainer.global_step
-        if trainer.is_global_zero and step not in self.history:  # several micro-batches end at the same step
-            self.history[step] = self.probe.run(module.method.encoder, module.method.frontend)
-            self._log(trainer, step)
+        if step in self.history:  # several micro-batches end at the same step
+            return
+        with others_wait():
+            is_first = trainer.is_global_zero
+            self.history[step] = self.probe.run(module.method.encoder, module.method.frontend) if is_first else {}
+        self._log(trainer, step)
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         for logger in trainer.loggers:
@@ -162,6 +171,7 @@ class ProbeCallback(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.baseline, self.history = dict(state["baseline"]), dict(state["history"])
+        self._has_baseline = bool(self.baseline)
 
     def table(self) -> dict[str, Any]:
         """Give the closing table: `task`, test `folds`, and `rows` of a name and its cells (kNN, linear, each fold).

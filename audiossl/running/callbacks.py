@@ -22,6 +22,7 @@ from audiossl.checkpoints.atomic import write_atomically
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError
 from audiossl.running.loggers import MetricsCsv, log_picture
+from audiossl.running.ranks import others_wait
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,12 @@ class Pictures(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         step = trainer.global_step
         is_boundary = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
-        if not (trainer.is_global_zero and self.clips and is_boundary and step % self.every_steps == 0):
-            return
+        if self.clips and is_boundary and step % self.every_steps == 0:
+            with others_wait():
+                if trainer.is_global_zero:
+                    self._draw(trainer, module, step)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         from audiossl.reconstruct import reconstruct_clips
 
         self.folder.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ for the GPU.
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,18 +48,34 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+_patience: timedelta | None = None  # of groups that are made later; None: torch's own
+_day_long: tuple[Any, Any] = (None, None)  # the ranks, and their group that waits for a day
+
+
+def give_up_after(patience: timedelta) -> None:
+    """Set how long these ranks wait for one another from now on, in groups made later too."""
+    global _patience
+    _patience = patience
+    # under its public name in newer ones of torch
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(patience)
+
+
 @contextmanager
 def others_wait() -> Iterator[None]:
     """Let the other ranks wait until the first has done what stands inside, for a day if need be.
 
-    All ranks enter at the same moment. Where the first fails, the others do.
+    All ranks enter at the same moment. Where the first fails, the others do, as they lose the connection.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    global _day_long
+    if _size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if _day_long[0] is not dist.group.WORLD:
+        _day_long = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+    faulthandler.cancel_dump_traceback_later()  # that of `LastWords`, which the next batch sets again
     yield
-    dist.barrier(group)
+    dist.barrier(_day_long[1])
 
 
 class Ranks:
@@ -67,7 +84,7 @@ class Ranks:
     def __init__(self):
         self.size = _size()
         is_gpu_group = self.size > 1 and dist.get_backend() != "gloo"
-        self._group = dist.new_group(backend="gloo") if is_gpu_group else None
+        self._group = dist.new_group(backend="gloo", timeout=_patience) if is_gpu_group else None
 
     def maximum(self, value: int) -> int:
         """Give the greatest `value` of all ranks."""

@@ -17,7 +17,20 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from audiossl.checkpointing import AtomicCheckpointIO
 from audiossl.running.devices import Layout
+from audiossl.running.ranks import give_up_after
 from audiossl.sharded.settings import is_deepspeed
+
+
+class PatientDDP(DDPStrategy):
+    """Wait `startup` for all ranks to come, and from then on `patience` for one that does not answer."""
+
+    def __init__(self, *, startup: timedelta, patience: timedelta):
+        super().__init__(timeout=startup)
+        self.patience = patience
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        give_up_after(self.patience)
 
 
 def build_trainer(
@@ -37,12 +50,13 @@ def build_trainer(
     accumulate = settings["accumulate_grad_batches"]
     for ours in ("accelerator", "devices", "num_nodes", "max_steps", "max_epochs", "strategy", "precision"):
         settings.pop(ours)
+    startup = timedelta(seconds=settings.pop("startup_timeout_seconds"))
     patience = timedelta(seconds=settings.pop("timeout_seconds"))
     strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]
     if strategy == "auto":
         strategy = "ddp" if layout.total > 1 else "auto"
     if strategy == "ddp":
-        strategy = DDPStrategy(timeout=patience)
+        strategy = PatientDDP(startup=startup, patience=patience)
     if precision == "auto":
         has_bf16 = layout.accelerator != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if has_bf16 else "32-true"
@@ -51,7 +65,7 @@ def build_trainer(
     if is_deepspeed(strategy):
         from audiossl.sharded.start import trainer_arguments
 
-        how = trainer_arguments(strategy, layout.accelerator, precision, patience)
+        how = trainer_arguments(strategy, layout.accelerator, precision, startup, patience)
         plugins = how.pop("plugins")
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -14,7 +14,9 @@ from typing import Any
 from audiossl.sharded.settings import stage_of
 
 
-def trainer_arguments(strategy: str, accelerator: str, precision: str, timeout: timedelta) -> dict[str, Any]:
+def trainer_arguments(
+    strategy: str, accelerator: str, precision: str, startup: timedelta, patience: timedelta
+) -> dict[str, Any]:
     """Give the `strategy` and `plugins` that a Trainer needs for `deepspeed`, or `deepspeed_stage_1`, `_2`, `_3`."""
     warnings.filterwarnings("ignore", r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*", FutureWarning)
     logging.getLogger("compilers").setLevel(logging.WARNING)
@@ -27,5 +29,5 @@ def trainer_arguments(strategy: str, accelerator: str, precision: str, timeout: 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from audiossl.sharded.strategy import Autocast, Zero
 
-    zero = Zero(stage=stage_of(strategy), precision=precision, timeout=timeout)
+    zero = Zero(stage=stage_of(strategy), precision=precision, startup=startup, patience=patience)
     return {"strategy": zero, "plugins": [Autocast(precision)]}

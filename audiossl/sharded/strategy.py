@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from audiossl.checkpoints.atomic import check_plain, try_to_remove
 from audiossl.errors import UserError
-from audiossl.running.ranks import Ranks
+from audiossl.running.ranks import Ranks, give_up_after
 from audiossl.sharded.engine import PlainFiles, described, reason_of, seal
 from audiossl.sharded.folders import TAG, problem_of, read_seal
 
@@ -52,8 +52,9 @@ class Zero(DeepSpeedStrategy):
     `step=N.ckpt` (see `folders`), and loads one that the same number of ranks saved at the same stage.
     """
 
-    def __init__(self, *, stage: int, precision: str, timeout: timedelta):
-        super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR, timeout=timeout)
+    def __init__(self, *, stage: int, precision: str, startup: timedelta, patience: timedelta):
+        super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR, timeout=startup)
+        self.patience = patience
         self.stage = stage
         assert isinstance(self.config, dict)
         # Lightning would ask for weights in bfloat16
@@ -73,9 +74,11 @@ class Zero(DeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         if self.root_device.type != "cpu":
-            return super().setup_distributed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
+            super().setup_distributed()
+        else:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        give_up_after(self.patience)
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer, lr_scheduler: Any = None

@@ -192,4 +192,5 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        kinds = "another kind is never opened here"
+        raise UserError(f"{path}: not a readable safetensors file ({error}); {kinds}") from None

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from audiossl.checkpoints.files import newest_valid
+from audiossl.checkpoints.files import describe_damaged, newest_valid
 from audiossl.errors import UserError
 from audiossl.sharded.folders import is_sharded
 
@@ -137,5 +137,6 @@ def newest_checkpoint(run_dir: Path) -> Path:
     folder = run_dir / "checkpoints"
     found = newest_valid(folder) if folder.is_dir() else None
     if found is None:
-        raise UserError(f"{run_dir}: no checkpoint in {folder}; give a run's folder or a .ckpt file")
+        way_out = describe_damaged(folder) or "give a run's folder or a .ckpt file"
+        raise UserError(f"{run_dir}: no checkpoint in {folder}; {way_out}")
     return found
