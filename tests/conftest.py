@@ -1,5 +1,6 @@
 """Shared fixtures: the golden cases of the published code, and real audio."""
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -75,6 +76,16 @@ def pytest_make_parametrize_id(config, val, argname):
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_a_command_end_with_its_test():
+    """Take away the log handlers that a command has set up in this process: their stream is closed after the test."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
