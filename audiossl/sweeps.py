@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from audiossl.errors import UserError
+from audiossl.planning.jobs import is_first_process
 from audiossl.sweeping.picture import Look, Row, draw
 from audiossl.sweeping.plan import (
     RECORD,
@@ -27,7 +28,6 @@ from audiossl.sweeping.plan import (
     as_dict,
     chosen,
     command_for,
-    is_first_process,
     locked,
     planned_points,
     read_record,

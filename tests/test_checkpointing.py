@@ -74,12 +74,18 @@ def test_kill_9_thirty_times_never_costs_a_saved_step(toys, tmp_path):
     kill_and_resume(toys, tmp_path, 30)
 
 
+def on_a_small_disk(toys, folder: Path, megabytes: int, **options):
+    """Run with `folder` on a disk of so many MB: a tmpfs, mounted for this process alone."""
+    code, run = toys.run(folder, fault={"disk": megabytes * 1_000_000}, **options)
+    if code == 99:
+        pytest.skip("a tmpfs of one's own needs a mount namespace, which this container or user may not make")
+    return code, run
+
+
 @pytest.mark.faults("P3")
 def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(toys, tmp_path):
     # three times the ballast (weights and two moments), 9 MB: one fits, two do not
-    code, run = toys.run(tmp_path, size=3000, fault={"disk": 16_000_000})
-    if code == 99:
-        pytest.skip("no mount namespaces here")
+    code, run = on_a_small_disk(toys, tmp_path, 16, size=3000)
     assert code == 1 and "step=000000006.ckpt: not saved, No space left on device: about 92" in run.output()
     left = re.findall("^left: (.*)$", run.output(), re.MULTILINE)
     assert left == [f"{name}: a checkpoint of step 3" for name in ("last.ckpt", "step=000000003.ckpt")]
@@ -87,13 +93,11 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(toys, tmp_pa
 
 @pytest.mark.faults("P3", "P4")
 def test_saves_that_fail_are_counted_and_as_many_in_a_row_as_allowed_let_the_run_go_on(toys, tmp_path):
-    options = dict(size=3000, every_steps=2, fault={"disk": 16_000_000})
-    code, run = toys.run(tmp_path / "stop", max_failed_saves=1, **options)
-    if code == 99:
-        pytest.skip("no mount namespaces here")
+    options = dict(size=3000, every_steps=2)
+    code, run = on_a_small_disk(toys, tmp_path / "stop", 16, max_failed_saves=1, **options)
     assert code == 1 and run.losses()[-1].startswith("5 "), run.output()
     assert "going on, 1 of 1 failed saves in a row" in run.output() and "UserError: " in run.output()
-    code, run = toys.run(tmp_path / "go on", max_failed_saves=9, **options)
+    code, run = on_a_small_disk(toys, tmp_path / "go on", 16, max_failed_saves=9, **options)
     assert code == 1 and run.losses()[-1].startswith("8 "), "the end is not saved, and that is an error all the same"
     assert run.output().count("going on") == 3 and run.output().count("left: ") == 2
     assert not re.search("left: .*(truncated|damaged|empty)", run.output())
@@ -116,9 +120,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(toy
 
 @pytest.mark.faults("C7")
 def test_a_disk_too_small_for_a_checkpoint_stops_the_run_before_the_first_step(toys, tmp_path):
-    code, run = toys.run(tmp_path, size=3000, fault={"disk": 2_000_000})
-    if code == 99:
-        pytest.skip("no mount namespaces here")
+    code, run = on_a_small_disk(toys, tmp_path, 2, size=3000)
     assert code == 1 and re.search(r"checkpoints: \d+ bytes are free .* a checkpoint takes \d+ and more", run.output())
     assert run.losses() == [] and names(tmp_path) == []
 

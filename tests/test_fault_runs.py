@@ -112,6 +112,14 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_lock_is_take
     assert not (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.faults("C7")
+def test_a_run_folder_that_takes_no_file_is_one_line_with_the_way_out(tmp_path):
+    (tmp_path / "run.lock").mkdir()  # what stands in the way of the lock, for root too
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be written into: Is a directory; .* hydra.run.dir="):
+        with locked(tmp_path):
+            raise AssertionError("the run began")
+
+
 @pytest.mark.faults("P16")
 def test_a_lock_names_the_job_and_ends_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")

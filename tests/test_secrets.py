@@ -5,7 +5,7 @@ import os
 import pytest
 from commands import TINY, train
 
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 
 PLANTED = ("planted-key-of-wandb-0123456789012345678", "planted-key-in-env", "planted-token", "planted-password")
 

@@ -125,7 +125,7 @@ def prepare_folder(folder: Path, module: torch.nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"{folder}: {free} bytes are free on its filesystem, and a checkpoint takes {needed} and more (the "
-            "optimiser's state); make room, or write elsewhere: root=..."
+            "optimiser's state); make room, or write elsewhere: hydra.run.dir=..."
         )
 
 

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from audiossl.errors import UserError
+from audiossl.planning.jobs import is_first_process
 
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # as launchers give them, before any group exists
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -32,10 +32,14 @@ def locked(folder: Path) -> Iterator[None]:
     Where the file system knows no locks, a living process of this host counts as one, and of another host nothing is
     known.
     """
-    if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+    if not is_first_process():
         yield
         return
-    descriptor = _acquire(Path(folder) / NAME)
+    try:
+        descriptor = _acquire(Path(folder) / NAME)
+    except OSError as error:
+        where = "make room there, or write elsewhere: hydra.run.dir=..."
+        raise UserError(f"{folder}: cannot be written into: {error.strerror}; {where}") from error
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from audiossl.cluster.allocation import Allocation, meeting_address, read_alloca
 from audiossl.cluster.command import Command, settle
 from audiossl.cluster.rank import LEFT
 from audiossl.cluster.requeue import come_back, explain, state_of
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 
 STAGE = "AUDIOSSL_STAGE"

@@ -33,9 +33,11 @@ from omegaconf.errors import OmegaConfBaseException
 from audiossl.cluster.submitted import ask_for_our_signal, comes_back
 from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
-from audiossl.config.settings import check, mask, plain_config
+from audiossl.config.secrets import mask, mask_what_hydra_wrote
+from audiossl.config.settings import check, plain_config
 from audiossl.errors import UserError
-from audiossl.sweeping.plan import array_task, check_sweep, folder_name, is_first_process, is_ours
+from audiossl.planning.jobs import is_first_process
+from audiossl.sweeping.plan import array_task, check_sweep, folder_name, is_ours
 from audiossl.sweeping.status import forget_failure
 
 Run = Callable[[DictConfig], int | None]
@@ -116,7 +118,7 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
     def job(cfg: DictConfig) -> None:
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         folder = Path(HydraConfig.get().runtime.output_dir)
-        _mask_what_hydra_wrote()
+        mask_what_hydra_wrote()
         try:
             if is_sweep and is_first_process():
                 forget_failure(folder)
@@ -154,15 +156,6 @@ def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[st
     from audiossl.planning.dryrun import show
 
     return show(program, planned)
-
-
-def _mask_what_hydra_wrote() -> None:
-    """Take secrets that stood on the command line out of the job's `.hydra` folder."""
-    job = HydraConfig.get()
-    for path in Path(job.runtime.output_dir, job.output_subdir or "").glob("*.yaml") if job.output_subdir else ():
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if (masked := mask(tree)) != tree:  # not the text: a bare *** is no YAML
-            path.write_text(yaml.safe_dump(masked, sort_keys=False), encoding="utf-8")
 
 
 def _check(

@@ -2,8 +2,8 @@
 
 Every section is bound to a callable, by its own `_target_` or by the command's `Spec`, and the callable's signature
 (read by `schema.py`, without importing it) says which keys there are and what they may hold. So a misspelt key, a word
-where a number belongs or a forgotten value ends in one line before torch is imported. Secrets are never written, and
-`_target_` reaches only modules and dataclasses of a few packages.
+where a number belongs or a forgotten value ends in one line before torch is imported. `_target_` reaches only
+modules and dataclasses of a few packages.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,14 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from audiossl.config.fields import HYDRA_TARGETS, Fields, Spec, check_target, read_fields, targets_in, unknown_key
 from audiossl.config.rules import check_value, show
 from audiossl.config.schema import Type
+from audiossl.config.secrets import SECRET_KEY, mask
 from audiossl.errors import UserError
-
-SECRET_WORDS = r"(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|private|auth)_?key)"
-SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
-SECRET_GIVEN = re.compile(rf"((?:\b|_){SECRET_WORDS}\s*[=:]\s*['\"]?)(?!\$\{{)[^\s,'\"}}]+", re.I)
-SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-MASK = "***"
-NO_SECRETS = ("_target_", "run_dir")  # of our packages; and the run's folder, which bears its name anyway
 
 
 def check(cfg: DictConfig, spec: Spec) -> None:
@@ -92,31 +84,6 @@ def _leaves(node: DictConfig, fields: Fields, prefix: str = "") -> Iterator[tupl
             yield key, OmegaConf.to_container(value, resolve=True) if is_tree else value
         except OmegaConfBaseException as error:
             raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-
-
-def mask(tree: Any, name: str = "") -> Any:
-    """Replace secrets by ***: values of keys that look like one, passwords in URLs, values of secret variables.
-
-    A text, such as a command line or a whole file, is searched for all of these.
-    """
-    if isinstance(tree, dict):
-        return {key: mask(value, str(key)) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [mask(item, name) for item in tree]
-    if isinstance(tree, int | float) and not isinstance(tree, bool) and SECRET_KEY.search(name):
-        return MASK
-    if not isinstance(tree, str):
-        return tree
-    if name in NO_SECRETS:
-        return tree
-    if SECRET_KEY.search(name) and tree:
-        return MASK
-    for variable, secret in os.environ.items():
-        if len(secret) >= 8 and SECRET_KEY.search(variable):
-            # a word, as a development server's password may be, is one only where it stands alone
-            found = rf"(?<![^\W_]){secret}(?![^\W_])" if secret.isalpha() else re.escape(secret)
-            tree = re.sub(found, MASK, tree)
-    return SECRET_GIVEN.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, tree))
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

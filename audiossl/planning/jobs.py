@@ -6,6 +6,7 @@ SLURM and torchrun tell their processes in the environment how many there are an
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -18,7 +19,13 @@ from hydra.core.hydra_config import HydraConfig
 from audiossl.errors import UserError
 
 USUAL_GPUS = 8  # a node, as the header of slurm/run.sbatch asks for
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")  # before any process group exists
 SHELLS = ("bash", "interactive")  # names of jobs that Lightning takes for a terminal, not for a launcher
+
+
+def is_first_process() -> bool:
+    """Tell whether no launcher (torchrun, srun, Lightning) has given this process a rank above 0."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 @dataclass(frozen=True)

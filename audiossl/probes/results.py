@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 from audiossl.indexing.indexfile import write_whole
 from audiossl.scoring.classes import normalised_score

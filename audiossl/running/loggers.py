@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
+from audiossl.planning.jobs import is_first_process
 from audiossl.sweeping import plan
 from audiossl.sweeping.status import FINISHED, read_jobs
 
@@ -31,7 +32,7 @@ def launch_points(launcher: Launcher, config: DictConfig, max_batch_size: int | 
     folder = Path(config.hydra.sweep.dir)
     points = plan.planned_points(config)
     numbers = plan.chosen(config, len(points))
-    if plan.is_first_process():
+    if is_first_process():
         plan.write_record(folder, points, config)
         with plan.locked(folder):
             OmegaConf.save(OmegaConf.create(mask(OmegaConf.to_container(config))), folder / "multirun.yaml")
@@ -45,7 +46,7 @@ def launch_points(launcher: Launcher, config: DictConfig, max_batch_size: int | 
     try:
         return [returned for batch in batches for returned in _launched(launcher, config, points, batch)]
     except (SystemExit, KeyboardInterrupt):
-        if plan.is_first_process() and plan.array_task(config) is None:
+        if is_first_process() and plan.array_task(config) is None:
             print(f"the sweep has stopped; to go on: {plan.command_for(folder)}", file=sys.stderr)
         raise
 

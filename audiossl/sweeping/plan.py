@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from audiossl.config.overrides import combinations, is_grid
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ MAY_CHANGE = (  # between the parts of a sweep that is run in parts
     *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.enable_progress_bar"),
     *("probe.device", "probe.cache_dir", "probe.cache_gb"),
 )
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 Overrides = dict[str, str]
 
 
@@ -173,11 +172,6 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / "sweep.lock", "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def is_first_process() -> bool:
-    """Tell whether no launcher (torchrun, srun, Lightning) has given this process a rank above 0."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 def folder_name() -> str:

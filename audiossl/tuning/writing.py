@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from audiossl.config.settings import mask
+from audiossl.config.secrets import mask
 from audiossl.indexing.indexfile import write_whole
 from audiossl.plots import LINE_COLOURS
 from audiossl.probes.pictures import confusion_figure, per_class_figure
