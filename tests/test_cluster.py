@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny_shards import data_of, digest, ragged_corpus, train_batches
 
 from audiossl.checkpoints.runlock import locked
 from audiossl.cluster.allocation import Allocation, meeting_address, read_allocation
@@ -182,6 +183,27 @@ def test_no_room_and_a_shard_that_has_changed_are_said_in_a_line(folder_shards, 
     with pytest.raises(UserError, match="is not what its index says"):
         stage(Index.load(changed), tmp_path / "disk", spare_bytes=0)
     assert not list((tmp_path / "disk").rglob(f"*{shard.name}*"))
+
+
+def test_damaged_shards_that_a_run_skips_stay_where_they_are_and_cost_the_same_clips(tmp_path):
+    """One shard is missing, one cut, one holds another byte: staged or not, a run trains on the same clips."""
+    corpus, batches, lost = Path(ragged_corpus(tmp_path / "corpus")), [], []
+    shards = sorted(corpus.glob("*.tar"))
+    shards[0].unlink()
+    os.truncate(shards[2], shards[2].stat().st_size // 2)
+    content = bytearray(shards[4].read_bytes())
+    content[1600:1900] = bytes(300)
+    shards[4].write_bytes(content)
+    index = Index.load(corpus, damaged_shards="skip")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        stage(index, tmp_path / "disk", spare_bytes=0)
+    folder = stage(index, tmp_path / "disk", spare_bytes=0, damaged_shards="skip")
+    assert [path.name[7:] for path in sorted(folder.glob("*.tar"))] == [shards[n].name for n in (1, 3, 5)]
+    for place in (corpus, folder):
+        data = data_of(str(place), damaged_shards="skip", max_bad_fraction=0.9)
+        batches.append(digest(train_batches(data, max_steps=6)))
+        lost.append((data.corpus_hash, data.bad_clips.lost, data.bad_clips.bad))
+    assert batches[0] == batches[1] and lost[0] == lost[1] and len(lost[0][1]) > 10 and len(lost[0][2]) > 0
 
 
 @pytest.mark.parametrize("rank, code, leaves, marked", [("0", 75, 0, True), ("1", 75, 0, False), ("0", 3, 3, False)])

@@ -26,12 +26,16 @@ from audiossl.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """Say what every rank runs: an entry point and its `arguments`, the run's `folder`, its shards by their keys."""
+    """Say what every rank runs: an entry point and its `arguments`, the run's `folder`, its shards by their keys.
+
+    `damaged_shards` is what the run does about damaged ones: stop or skip.
+    """
 
     program: Path
     arguments: tuple[str, ...]
     folder: Path
     shards: dict[str, str]
+    damaged_shards: str = "stop"
 
 
 def settle(program: str, arguments: list[str], job: Allocation) -> Command:
@@ -69,7 +73,8 @@ def settle(program: str, arguments: list[str], job: Allocation) -> Command:
         _refuse_clock(cfg)
     HydraConfig.instance().cfg = None
     flag = ("-m",) * is_sweep
-    return Command(path, (*flag, *overrides, *added), Path(folder).resolve(), _shards(cfg))
+    damaged = str(OmegaConf.select(cfg, "data.damaged_shards", default="stop"))
+    return Command(path, (*flag, *overrides, *added), Path(folder).resolve(), _shards(cfg), damaged)
 
 
 def _compose(name: str, overrides: list[str], is_sweep: bool, number: int) -> DictConfig:

@@ -121,10 +121,11 @@ def _stage(srun: Srun, command: Command, disk: str) -> tuple[Command, int]:
         nodes = str(len(srun.job.nodes))
         step = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
         say(f"{key}: staging on {disk} of each node")
-        code = srun.run(step, ["-m", "audiossl.cluster.staging", shards, disk])
+        how = command.damaged_shards
+        code = srun.run(step, ["-m", "audiossl.cluster.staging", shards, disk, how])
         if code:
             return command, code
-        added.append(f"{key}='{place_of(Index.load(shards), Path(disk))}'")
+        added.append(f"{key}='{place_of(Index.load(shards, damaged_shards=how), Path(disk))}'")
     return replace(command, arguments=(*command.arguments, *dict.fromkeys(added))), 0
 
 

@@ -2,7 +2,8 @@
 
 Each node copies them once, into a folder named by what they hold; several jobs or tasks of a node share it, and whoever
 comes second waits. A shard appears under its name only when its sha256 is the index's, and a copy that was cut short
-goes on where it stopped. Shards at https:// and s3:// need none of it: `data.cache_dir` is their place on a node.
+goes on where it stopped. Where the run skips damaged shards, one that is not what its index says is read where it is,
+as without staging. Shards at https:// and s3:// need none of it: `data.cache_dir` is their place on a node.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from safetensors.numpy import save
 from tqdm import tqdm
@@ -26,10 +28,15 @@ from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS, RAGGED, write_whole
 from audiossl.indexing.shardpaths import INDEX_NAME
+from audiossl.indexing.shardstate import problem_of
 
 CHUNK_BYTES = 2**23
 SPARE_BYTES = 2**30  # of a node's disk that is left to others
 GB = 1e9
+
+
+class Damaged(UserError):
+    """Report a shard that is not what its index says, or cannot be read."""
 
 
 def place_of(index: Index, disk: Path) -> Path:
@@ -37,11 +44,13 @@ def place_of(index: Index, disk: Path) -> Path:
     return disk / f"shards-{index.corpus_hash[:16]}"
 
 
-def stage(index: Index, disk: Path, spare_bytes: int = SPARE_BYTES) -> Path:
+def stage(
+    index: Index, disk: Path, spare_bytes: int = SPARE_BYTES, damaged_shards: Literal["stop", "skip"] = "stop"
+) -> Path:
     """Copy the shards of an index onto a node's disk, those that are not there yet; returns their folder.
 
-    Raises UserError where there is no room, where the disk cannot be written, and for a shard that is not what the
-    index says.
+    Raises UserError where there is no room, where the disk cannot be written, and ("stop") for a shard that is not what
+    the index says; with "skip" such a one stays where it is, and the index on the disk names it there.
     """
     folder = place_of(index, disk)
     names = [f"{number:06d}-{Path(str(path)).name}" for number, path in enumerate(index.shards)]
@@ -52,15 +61,22 @@ def stage(index: Index, disk: Path, spare_bytes: int = SPARE_BYTES) -> Path:
             tqdm(unit="B", unit_scale=True, desc=f"stage on {os.uname().nodename}", mininterval=5) as bar,
         ):
             bar.total = sum(shard["bytes"] for shard in index.meta["shards"])
-            missing = sum(_missing_bytes(folder / n, s) for n, s in zip(names, index.meta["shards"], strict=True))
+            shards = zip(names, index.shards, index.meta["shards"], strict=True)
+            missing = sum(_missing_bytes(folder / n, s) for n, source, s in shards if problem_of(source, s) is None)
             free = shutil.disk_usage(folder).free
             if missing and missing + spare_bytes > free:
                 raise UserError(
                     f"{disk}: has {free / GB:.3g} GB free, and staging wants {missing / GB:.3g} GB and "
                     f"{spare_bytes / GB:.3g} to spare; leave AUDIOSSL_STAGE unset, or take fewer shards"
                 )
-            for name, source, shard in zip(names, index.shards, index.meta["shards"], strict=True):
-                _copy(Path(source), folder / name, shard, bar)
+            for number, (source, shard) in enumerate(zip(index.shards, index.meta["shards"], strict=True)):
+                try:
+                    _copy(Path(source), folder / names[number], shard, bar)
+                except Damaged as error:
+                    if damaged_shards == "stop":
+                        raise
+                    bar.write(f"not staged, and read where it is: {error}")
+                    names[number] = os.path.abspath(source)
             _write_index(index, names, folder)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -80,17 +96,17 @@ def _copy(source: Path, target: Path, shard: dict, bar: tqdm) -> None:
         bar.update(shard["bytes"])
         return
     part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
-    with open(source, "rb") as whole, open(part, "a+b") as copy:
+    with _opened(source) as whole, open(part, "a+b") as copy:
         copy.seek(0)
         for chunk in iter(lambda: copy.read(CHUNK_BYTES), b""):  # a node may have gone down in the middle of a write
-            if whole.read(len(chunk)) != chunk:
+            if _read(whole, len(chunk)) != chunk:
                 copy.truncate(0)
                 whole.seek(0)
                 digest = hashlib.sha256()
                 break
             digest.update(chunk)
             bar.update(len(chunk))
-        for chunk in iter(lambda: whole.read(CHUNK_BYTES), b""):
+        for chunk in iter(lambda: _read(whole, CHUNK_BYTES), b""):
             copy.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
@@ -98,8 +114,22 @@ def _copy(source: Path, target: Path, shard: dict, bar: tqdm) -> None:
         os.fsync(copy.fileno())
     if digest.hexdigest() != shard["sha256"]:
         part.unlink()
-        raise UserError(f"shard {source} is not what its index says (another sha256); fetch or index it again")
+        raise Damaged(f"shard {source} is not what its index says (another sha256); fetch or index it again")
     os.replace(part, target)
+
+
+def _opened(source: Path) -> BinaryIO:
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise Damaged(f"shard {source} cannot be read: {error.strerror}") from error
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise Damaged(f"shard {file.name} cannot be read: {error.strerror}") from error
 
 
 def _write_index(index: Index, names: list[str], folder: Path) -> None:
@@ -122,13 +152,15 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    """Stage shards on this node: `python -m audiossl.cluster.staging SHARDS DISK`."""
+    """Stage shards on this node: `python -m audiossl.cluster.staging SHARDS DISK [skip]`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards")
     parser.add_argument("disk", type=Path)
+    parser.add_argument("damaged_shards", nargs="?", choices=("stop", "skip"), default="stop")
     args = parser.parse_args(argv)
     try:
-        print(f"staged: {stage(Index.load(args.shards), args.disk)}")
+        index = Index.load(args.shards, damaged_shards=args.damaged_shards)
+        print(f"staged: {stage(index, args.disk, damaged_shards=args.damaged_shards)}")
     except UserError as error:
         print(f"staging: {error}", file=sys.stderr)
         return 2
