@@ -103,6 +103,7 @@ def test_a_task_of_an_array_runs_its_point_in_the_folder_that_all_share(tmp_path
         (["train.py", "trainer.devices=5"], "trainer.devices=5: the job has 4 tasks, 2 nodes x 2"),
         (["train.py", "--cfg", "job"], "--cfg: a job takes KEY=VALUE"),
         (["README.md"], "is none of train.py"),
+        (["finetune.py", "init=x", "task.root=x", "dry_run=true"], "dry_run=true: finetune.py cannot be planned"),
         (["probe.py", "init=x", "task.root=x"], "4 tasks, and probe.py runs on one; submit with --nodes=1 .*=1 .*=1"),
         (["probe.py", "init=x", "trainer=cpu"], "trainer: cannot be chosen with this command; leave it out"),
     ],

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.cluster.allocation import Allocation
-from audiossl.config.cli import CONF, first_lines
+from audiossl.config.cli import CONF, first_lines, refuse_plan_of
 from audiossl.config.overrides import Composer, has_key, settle_runtime
 from audiossl.config.settings import check
 from audiossl.config.specs import SPECS
@@ -88,6 +88,8 @@ def _compose(name: str, overrides: list[str], is_sweep: bool, number: int) -> Di
                 last = len(composer.points) - 1
                 raise UserError(f"--array: the sweep has no point {number}; submit it with --array=0-{last}")
             check(found, SPECS[name])
+            if found.get("dry_run"):
+                refuse_plan_of(name)  # before the run's folder is made
             return found
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(first_lines(error)[:300]) from error

@@ -146,16 +146,21 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
 
 def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[str, Any]]]) -> int:
     """Answer dry_run=true, without Hydra's folders and logs; one process speaks for all."""
-    if config_name != "train":
-        raise UserError(
-            f"dry_run=true: {program} cannot be planned; how many steps and folds there are is up to the labelled set. "
-            "Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
-        )
+    refuse_plan_of(config_name)
     if not is_first_process():
         return 0
     from audiossl.planning.dryrun import show
 
     return show(program, planned)
+
+
+def refuse_plan_of(config_name: str) -> None:
+    """Raise `UserError` where dry_run=true is asked of a command that cannot be planned."""
+    if config_name != "train":
+        raise UserError(
+            f"dry_run=true: {config_name}.py cannot be planned; how many steps and folds there are is up to the "
+            "labelled set. Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
+        )
 
 
 def _check(
