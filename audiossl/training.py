@@ -25,6 +25,7 @@ from audiossl.checkpoints.preemption import Preemption
 from audiossl.checkpoints.runlock import locked
 from audiossl.checkpoints.signals import PREEMPTED, Preempted
 from audiossl.config.commands import check_global_batch
+from audiossl.config.secrets import mask
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.loading.ledger import Accounts
@@ -83,7 +84,7 @@ def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], N
     module, run_data = _module(config, method, data, optim, max_steps)
     probe = _probe(config.get("probe"))
     clips = data.example_clips(config["pictures"]["clips"]) if hasattr(method, "reconstruct") else []
-    loggers = build_loggers(**config["logger"], run_dir=run_dir, name=config["name"])
+    loggers = build_loggers(**mask(config["logger"]), run_dir=run_dir, name=mask(config["name"]))
     accounts = Accounts(data.bad_clips, held_out=data.held_out)
     averaging = Averaging(**config["swa"], steps_per_epoch=data.clips_per_epoch / global_batch, max_steps=max_steps)
     classes = score_classes_of(method, data, vocabulary, run_dir, averaging.averages)
@@ -198,9 +199,8 @@ def _callbacks(
 ) -> list:
     if not has_whole_weights(config, method):
         clips, probe = [], None
-    checkpoint = Checkpointing(
-        **config["checkpoint"], folder=run_dir / "checkpoints", provenance={"config": config, "provenance": provenance}
-    )
+    about = mask({"config": config, "provenance": provenance})
+    checkpoint = Checkpointing(**config["checkpoint"], folder=run_dir / "checkpoints", provenance=about)
     callbacks = [
         LastWords(run_dir, config["trainer"]["timeout_seconds"]),
         Throughput(config["trainer"]["log_every_n_steps"]),
@@ -221,8 +221,8 @@ def _callbacks(
 
 
 def _write_provenance(run_dir: Path, config: dict[str, Any], provenance: dict[str, Any]) -> None:
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    _write_json(run_dir / "provenance.json", provenance)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(mask(config), sort_keys=False))
+    _write_json(run_dir / "provenance.json", mask(provenance))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from audiossl.config.cli import launch
 from audiossl.config.overrides import Composer
 from audiossl.config.schema import parse_type, signature
+from audiossl.config.secrets import mask
 from audiossl.config.settings import check, instantiate, plain_config
 from audiossl.config.specs import PRETRAIN
 from audiossl.errors import UserError
@@ -310,7 +311,7 @@ def test_annotations_accept_what_they_say():
 
 
 @pytest.mark.faults("S9")
-def test_secrets_are_refused_in_the_config_and_masked_where_it_is_written(refused, monkeypatch):
+def test_secrets_are_refused_in_the_config_run_as_they_are_and_masked_for_writing(refused, monkeypatch):
     assert refused("+logger.token=planted-1").startswith("logger.token: no such key")
     monkeypatch.setenv("MY_API_KEY", "planted-22")
     cfg = OmegaConf.create(
@@ -321,7 +322,8 @@ def test_secrets_are_refused_in_the_config_and_masked_where_it_is_written(refuse
             "deep": [{"wandb_api_key": "planted-4", "num_tokens": 5, "key": "dog-1"}],
         }
     )
-    plain = plain_config(cfg)
+    assert plain_config(cfg)["note"] == "key planted-22!" and plain_config(cfg)["url"] == "https://me:planted-3@host/x"
+    plain = mask(plain_config(cfg))
     assert "planted" not in str(plain)
     assert plain["note"] == "key ***!" and plain["deep"][0]["num_tokens"] == 5 and plain["deep"][0]["key"] == "dog-1"
 

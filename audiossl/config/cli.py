@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import signal
@@ -33,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from audiossl.cluster.submitted import ask_for_our_signal, comes_back
 from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
-from audiossl.config.secrets import mask, mask_what_hydra_wrote
+from audiossl.config.secrets import mask, mask_log, mask_said, mask_what_hydra_wrote
 from audiossl.config.settings import check, plain_config
 from audiossl.errors import UserError
 from audiossl.planning.jobs import is_first_process
@@ -63,7 +64,7 @@ def launch(config_name: str, run: Run, spec: Spec, argv: Sequence[str] | None = 
 
     `run` gets the composed config without its `hydra` node, once, or once a job of a sweep (`-m`), and returns its exit
     code. `--help`, `--cfg`, `--info` and shell completion go to Hydra untouched. An exception that is no `UserError`
-    leaves as Hydra has it, through `SystemExit(1)` after its traceback; in a sweep the other jobs still run.
+    leaves through `SystemExit(1)` after its traceback, secrets masked; in a sweep the other jobs still run.
     """
     argv = list(sys.argv if argv is None else argv)
     argv = argv[:1] + sorted(argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # wherever it stands
@@ -108,7 +109,7 @@ def basename(init: str | Sequence[str]) -> str:
 
 
 def _complain(program: str, error: Exception) -> None:
-    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{program}: {mask_said(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], None]:
@@ -119,6 +120,8 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         folder = Path(HydraConfig.get().runtime.output_dir)
         mask_what_hydra_wrote()
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(mask_log)
         try:
             if is_sweep and is_first_process():
                 forget_failure(folder)
@@ -130,13 +133,13 @@ def _job(run: Run, program: str, codes: list[int]) -> Callable[[DictConfig], Non
             codes.append(1 if is_sweep else 2)
             problem: Exception = error
         except Exception as error:
+            print(mask_said(traceback.format_exc()), file=sys.stderr)
             if not is_sweep:
-                raise
-            traceback.print_exc()
+                raise SystemExit(1) from error
             codes.append(1)
             problem = error
         if is_sweep:
-            message = mask(" ".join(f"{type(problem).__name__}: {problem}".split())[:500])
+            message = mask_said(" ".join(f"{type(problem).__name__}: {problem}".split())[:500])
             part = folder / "results.json.part"  # other tasks of an array may be reading
             part.write_text(json.dumps({"status": "failed", "error": message}), encoding="utf-8")
             part.replace(folder / "results.json")
@@ -193,7 +196,7 @@ def _check(
                     where = written_in(cfg, error.key)
                     raise UserError(f"{where}: {error}" if where else str(error)) from error
                 if cfg.get("dry_run") and planned is not None:
-                    planned.append((list(cfg.hydra.overrides.task), plain_config(cfg)))
+                    planned.append((mask(list(cfg.hydra.overrides.task)), plain_config(cfg)))
                     continue
                 if composer.is_sweep:
                     _check_devices(cfg)

@@ -6,8 +6,10 @@ variable with such a name. What is written is masked; what runs is not.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 SECRET_WORDS = r"(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|private|auth)_?key)"
 SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
 SECRET_GIVEN = re.compile(rf"((?:\b|_){SECRET_WORDS}\s*[=:]\s*['\"]?)(?!\$\{{)[^\s,'\"}}]+", re.I)
+SECRET_SAID = re.compile(SECRET_GIVEN.pattern.replace("[=:]", "="), re.I)  # "token: no such key" is none
 SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 MASK = "***"
 NO_SECRETS = ("_target_", "run_dir")  # of our packages; and the run's folder, which bears its name anyway
@@ -39,12 +42,41 @@ def mask(tree: Any, name: str = "") -> Any:
         return tree
     if SECRET_KEY.search(name) and tree:
         return MASK
+    return _masked(tree, SECRET_GIVEN)
+
+
+def mask_said(text: str) -> str:
+    """Replace secrets in what is said to the user: as `mask` does, but for what stands behind a colon."""
+    return _masked(text, SECRET_SAID)
+
+
+def _masked(text: str, given: re.Pattern[str]) -> str:
     for variable, secret in os.environ.items():
         if len(secret) >= 8 and SECRET_KEY.search(variable):
             # a word, as a development server's password may be, is one only where it stands alone
             found = rf"(?<![^\W_]){secret}(?![^\W_])" if secret.isalpha() else re.escape(secret)
-            tree = re.sub(found, MASK, tree)
-    return SECRET_GIVEN.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, tree))
+            text = re.sub(found, MASK, text)
+    return given.sub(rf"\1{MASK}", SECRET_URL.sub(MASK, text))
+
+
+def masked_in(tree: Any, key: str = "") -> Iterator[str]:
+    """Walk to the keys (`section.name`) of a written config whose values were masked."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from masked_in(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from masked_in(value, key)
+    elif isinstance(tree, str) and MASK in tree:
+        yield key
+
+
+def mask_log(record: logging.LogRecord) -> bool:
+    """Mask what a record says, its traceback too: a filter for handlers, which lets all through."""
+    record.msg, record.args = mask_said(record.getMessage()), ()
+    if record.exc_info and not record.exc_text:
+        record.exc_text = mask_said(logging.Formatter().formatException(record.exc_info))
+    return True
 
 
 def mask_what_hydra_wrote() -> None:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from audiossl.config.fields import HYDRA_TARGETS, Fields, Spec, check_target, read_fields, targets_in, unknown_key
 from audiossl.config.rules import check_value, show
 from audiossl.config.schema import Type
-from audiossl.config.secrets import SECRET_KEY, mask
+from audiossl.config.secrets import SECRET_KEY
 from audiossl.errors import UserError
 
 
@@ -87,10 +87,13 @@ def _leaves(node: DictConfig, fields: Fields, prefix: str = "") -> Iterator[tupl
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """Resolve a config into plain dicts, lists and scalars, with secrets masked: the form that is written down."""
+    """Resolve a config into plain dicts, lists and scalars: what runs, secrets and all.
+
+    Whoever writes any of it down masks it (`secrets.mask`).
+    """
     tree = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tree, dict)
-    return mask({key: value for key, value in tree.items() if key != "hydra"})
+    return {str(key): value for key, value in tree.items() if key != "hydra"}
 
 
 def instantiate(section: DictConfig | Mapping[str, Any], target: str | None = None, /, **code_args: Any) -> Any:

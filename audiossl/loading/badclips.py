@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from audiossl.batch import Batch, Skipped
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 
 EARLY_BAD, EARLY_TIMES = 100, 2  # so many bad clips, at so many times the limit, need not wait for the whole corpus
@@ -81,7 +82,7 @@ class BadClips:
 
     def lose(self, lost: Iterable[tuple[int, Entry]]) -> None:
         """Count and list clips that are gone with their shard; raise UserError when that is too much to begin."""
-        self.lost = dict(lost)
+        self.lost = {clip: Entry(*mask(entry)) for clip, entry in lost}
         if self.rank == 0:
             self._list(self.lost.values())
         if problem := self.problem():
@@ -96,7 +97,7 @@ class BadClips:
                 continue
             self.in_a_row += 1
             if clips[row] not in self.bad:
-                self.bad[clips[row]] = self._unshared[clips[row]] = entry = Entry(*skipped[row][:3])
+                self.bad[clips[row]] = self._unshared[clips[row]] = entry = Entry(*mask(skipped[row][:3]))
                 self._list([entry])
             if self.in_a_row >= self.max_in_a_row and self.num_ranks == 1:
                 break

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 from audiossl.indexing.indexfile import write_whole
 from audiossl.probes.blocks import ClipFeatures, block_path, describe_block, gather, opened, size_of
@@ -85,7 +86,7 @@ class FeatureCache:
                 if not block_path(place, number).is_file():
                     content = describe_block(source, task, block, length, wanted, batch_size, readers, bar)
                     write_whole(block_path(place, number), content)
-        gather(place, len(blocks), about | {"name": source.name, "set": task.name})
+        gather(place, len(blocks), about | {"name": mask(source.name), "set": task.name})
 
     @contextmanager
     def _claimed(self, name: str) -> Iterator[None]:

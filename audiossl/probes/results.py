@@ -54,8 +54,8 @@ def content(
         "domain": domains[0] if domains else None,
         "task": about,
         "scores": scores,
-        "rows": rows,
-        "bad_clips": bad,
+        "rows": mask(rows),
+        "bad_clips": mask(bad),
         "seconds": round(seconds, 2),
         "config": mask({key: config[key] for key in COMPARED}),
     }

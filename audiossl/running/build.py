@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from audiossl.config.secrets import mask, masked_in
 from audiossl.config.settings import find_target, instantiate
 from audiossl.errors import UserError
 from audiossl.sharded.folders import read_state
@@ -80,17 +81,23 @@ def _check_teacher(teacher: dict[str, Any], config: dict[str, Any], vocabulary: 
             )
 
 
-def load_method(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_method(path: str | Path, config: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Load a method with its weights from a run's folder or a checkpoint; returns it in eval mode with its config.
 
-    Raises `UserError` naming the file when it is not a checkpoint of ours.
+    `config` is the run's own, where it is known: that in the checkpoint has no secrets. Raises `UserError` naming the
+    file when it is not a checkpoint of ours, and the key where a secret is missing.
     """
     path = Path(path)
     path = newest_checkpoint(path) if path.is_dir() else path
     checkpoint = read_torch_file(path)
     if "audiossl" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of audiossl's train.py (it holds {', '.join(list(checkpoint)[:5])})")
-    config = checkpoint["audiossl"]["config"]
+    config = checkpoint["audiossl"]["config"] if config is None else config
+    if missing := next(masked_in({name: config[name] for name in ("model", "frontend")}), None):
+        raise UserError(
+            f"{path}: {missing} was a secret, which no checkpoint keeps, and the model cannot be built without it; "
+            "take the encoder.safetensors that a finished run leaves"
+        )
     method = method_from_config(config, vocabulary=checkpoint["audiossl"].get("provenance", {}).get("vocabulary"))
     weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
     method.load_state_dict(weights)
@@ -141,6 +148,7 @@ def check_same_run(path: Path, config: dict[str, Any], provenance: dict[str, Any
     saved = (read_state(path)["run"] if path.is_dir() else read_torch_file(path)).get("audiossl")
     if saved is None:
         raise UserError(f"ckpt={path}: not a checkpoint of train.py; to start from its weights use init={path}")
+    config, provenance = mask(config), mask(provenance)  # as what was saved
     pairs = {"seed": (saved["config"]["seed"], config["seed"])}
     for section, fixed in FIXED.items():
         before, now = saved["config"][section], config[section]

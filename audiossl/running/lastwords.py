@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from audiossl.config.secrets import mask_said
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class LastWords(Callback):
         if trainer.world_size == 1:
             return
         faulthandler.cancel_dump_traceback_later()
-        words = " ".join(f"{type(exception).__name__}: {exception}".split())
+        words = mask_said(" ".join(f"{type(exception).__name__}: {exception}".split()))
         is_lost = isinstance(exception, RuntimeError) and LOST.search(str(exception)) is not None
         is_agreed = isinstance(exception, UserError | SystemExit)  # ranks that leave together say so themselves
         self._say(trainer.global_rank, "" if is_lost else words)

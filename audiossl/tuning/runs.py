@@ -18,8 +18,10 @@ import torch
 import yaml
 
 from audiossl.checkpoints.files import lower_is_better
+from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 from audiossl.finetuning import FineTuning
+from audiossl.indexing.shardpaths import QUERY_VARIABLE
 from audiossl.pretrained import PretrainedEncoder
 from audiossl.probes.results import differing
 from audiossl.running.build import load_method
@@ -62,7 +64,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         check_kind(config["model"], task)
     run_dir.mkdir(parents=True, exist_ok=True)
     if is_first_rank():
-        about = yaml.safe_dump(config | {"task_hash": task.hash}, sort_keys=False)
+        about = yaml.safe_dump(mask(config) | {"task_hash": task.hash}, sort_keys=False)
         (run_dir / SETTINGS).write_text(about, encoding="utf-8")
     tested = []
     seeds = config["seeds"] or [config["seed"]]
@@ -94,7 +96,7 @@ def _refuse_other(config: dict[str, Any], task: Task, run_dir: Path) -> None:
     if config["ckpt"] is None or not path.is_file():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found = differing(before, json.loads(json.dumps(config)))
+    found = differing(before, json.loads(json.dumps(mask(config))))
     changed = sorted(k for k in found if f"{k}.".startswith(tuple(f"{d}." for d in DECIDING)) and k not in MAY_CHANGE)
     if changed:
         raise UserError(
@@ -118,6 +120,11 @@ def _trained(
     """Train on a division, unless that is done, and give the method with the weights that are to be tested."""
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.safetensors"
+    if any("://" in str(shard) and mask(str(shard)) != str(shard) for shard in task.index.shards):
+        raise UserError(
+            f"task={task.name}: its shards' addresses hold a secret, and this run's folder keeps an index of them; "
+            f"leave it out of the address and export {QUERY_VARIABLE}, or use a .netrc"
+        )
     with others_wait():
         if is_first_rank() and not index.exists():
             task.shards_of(division, index)
@@ -137,7 +144,7 @@ def _trained(
              len(division.validation), len(division.test), len(task.classes))  # fmt: skip
     if not _is_trained(folder):
         train(engine, prepare=prepare)
-    return _chosen(folder, config["test"]["weights"], engine["checkpoint"]["metric"])
+    return _chosen(folder, config["test"]["weights"], engine)
 
 
 def usual_seconds(task: Task) -> float:
@@ -196,15 +203,16 @@ def _metric(config: dict[str, Any], task: Task, *, has_validation: bool) -> str 
     return "val_accuracy" if task.metric == "accuracy" else "val_mAP"
 
 
-def _chosen(folder: Path, weights: str, metric: str) -> FineTuning:
+def _chosen(folder: Path, weights: str, engine: dict[str, Any]) -> FineTuning:
     """Load the weights to test."""
+    metric = engine["checkpoint"]["metric"]
     checkpoints = folder / "checkpoints"
     name = re.sub(r"[^\w.-]", "_", metric)
     found = [(path, BEST.fullmatch(path.name)) for path in checkpoints.glob("best-*.ckpt")]
     sign = -1 if lower_is_better(metric) else 1
     best = [(sign * float(m[3]), -int(m[1]), path) for path, m in found if m and m[2] == name]
     has_best = weights == "best" and best and metric.startswith("val_")
-    method, _ = load_method(max(best)[2] if has_best else folder)
+    method, _ = load_method(max(best)[2] if has_best else folder, engine)
     if weights == "swa":
         average = folder / "encoder_swa.safetensors"
         if not average.exists():

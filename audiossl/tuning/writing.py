@@ -89,7 +89,7 @@ def write_run(
     about |= {"test_clips": sum(len(division.test) for division in task.divisions), "published": task.published}
     role = "untrained" if config["init"].startswith("untrained:") else "encoder"
     head = "evaluated" if config["evaluate"] else "fine-tuned"
-    row = {"source": config["init"], "head": head, "role": role, "support_seconds": None, **summary}
+    row = {"source": mask(config["init"]), "head": head, "role": role, "support_seconds": None, **summary}
     results = {"format": "audiossl finetune 1", "status": "finished", "audiossl": __version__, "task": about}
     results |= {"scores": {"score": summary["score"], **summary["numbers"]}, "rows": [row]}
     results["bad_clips"] = {key: reason for one in tested for key, reason in one.bad_clips.items()}

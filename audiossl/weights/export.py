@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from audiossl.config.secrets import mask
 from audiossl.config.settings import find_target, instantiate
 from audiossl.encoder import Encoder
 from audiossl.errors import UserError
@@ -56,12 +57,12 @@ def export_encoder(
         "method": config["model"]["_target_"],
         "mask_padding": getattr(method, "mask_padding", False),
         "corpus": {
-            "shards": config["data"].get("shards") or config["data"].get("sources"),
+            "shards": mask(config["data"].get("shards") or config["data"].get("sources")),
             "mean": config["data"]["mean"],
             "std": config["data"]["std"],
         },
         "licence": (provenance or {}).get("licence"),
-        "provenance": provenance,
+        "provenance": mask(provenance),
     }
     description |= getattr(method, "listening", {}) | (extra or {})
     attention = None if head is None else getattr(method, "attention", None)
