@@ -15,7 +15,7 @@ from audiossl.errors import UserError
 from audiossl.features.chunks import valid_tokens
 from audiossl.features.windows import Layout, cut
 from audiossl.index import Index
-from audiossl.sound.waveform import resample, resample_blocks
+from audiossl.sound.waveform import resample, resample_blocks, resampled_samples
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -184,6 +184,14 @@ def test_rates_without_a_common_divisor_take_no_giant_filter():
     expected = np.sin(2 * np.pi * 440 * np.arange(16001) / 16001)
     assert abs(len(found) - 16001) <= 1
     np.testing.assert_allclose(found[500:15500], expected[500:15500], atol=1e-3)
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(22254, 16000), (16000, 22254), (44101, 16000)])
+def test_rates_that_soxr_resamples_give_as_many_samples_as_any_other_rate(from_hz, to_hz):
+    for num_samples in (0, *range(1, 24), 100, 12345):
+        blocks = torch.randn(num_samples, generator=torch.Generator().manual_seed(0)).split(7)
+        found = torch.cat(list(resample_blocks(blocks, from_hz, to_hz)))
+        assert len(found) == resampled_samples(num_samples, from_hz, to_hz) and found.isfinite().all(), num_samples
 
 
 def test_whoever_holds_the_samples_the_features_are_the_same(tmp_path):

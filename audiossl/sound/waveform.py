@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
+import numpy as np
 import soxr
 import torch
 from torch import Tensor
@@ -94,9 +95,14 @@ def block_samples(from_hz: int, to_hz: int) -> int:
 
 
 def _by_soxr(pieces: Iterable[Tensor], from_hz: int, to_hz: int) -> Iterator[Tensor]:
-    stream, device = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ"), None
+    """Resample in blocks to as many samples as `resample` gives; soxr itself rounds, which at times is one less."""
+    stream, heard, given = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ"), 0, 0
+    device = torch.device("cpu")
     for piece in pieces:
-        device = piece.device
-        yield torch.from_numpy(stream.resample_chunk(piece.cpu().numpy())).to(device)
-    if device is not None:
-        yield torch.from_numpy(stream.resample_chunk(torch.empty(0).numpy(), last=True)).to(device)
+        device, heard = piece.device, heard + len(piece)
+        found = stream.resample_chunk(piece.cpu().numpy())
+        given += len(found)
+        yield torch.from_numpy(found).to(device)
+    silence = np.zeros(2 * -(-from_hz // to_hz), np.float32)  # two samples more; soxr sees nothing else at an end
+    last = stream.resample_chunk(silence, last=True)
+    yield torch.from_numpy(last[: resampled_samples(heard, from_hz, to_hz) - given]).to(device)
