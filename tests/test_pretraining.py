@@ -11,12 +11,14 @@ from maes import PLAIN, audiomae
 from maes import TINY as SIZES
 from methods import build
 from tiny_shards import EVERY_CLIP_ONCE, NO_DAMAGE
+from torch.utils.flop_counter import FlopCounterMode
 
 from audiossl.batch import Batch
 from audiossl.methods.audiomae import AudioMAE
 from audiossl.noise import Noise
 from audiossl.optim import OptimSettings
-from audiossl.pretraining import NonFiniteError, Pretraining
+from audiossl.planning.cost import flop_counter
+from audiossl.pretraining import NonFiniteError, Pretraining, prepare
 from audiossl.running.callbacks import Forensics, Throughput
 from audiossl.schedules import momentum_at
 from audiossl.shards import ShardData
@@ -131,6 +133,11 @@ def test_throughput_is_logged_and_counts_the_models_arithmetic():
     tokens, width = 1 + int(16 * (1 - 0.8)), SIZES["width"]
     least = 2 * SIZES["depth"] * 12 * width * width * tokens  # the encoder's matrices alone
     assert least < throughput.flops_per_clip < 100 * least
+    batch = next(iter(loader(data, 4)))
+    with flop_counter() as whole, FlopCounterMode(display=False) as without_attention:
+        clips = prepare(batch, module.method.frontend, data.rate_hz)
+        module.method(clips, generator=Noise.for_batch(0, 0, 4))["loss"].backward()
+    assert throughput.flops_per_clip * 4 == whole.get_total_flops() > without_attention.get_total_flops()
 
 
 def test_a_micro_batch_without_a_readable_clip_changes_nothing_and_breaks_nothing():

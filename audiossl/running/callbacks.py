@@ -16,9 +16,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from torch.utils.flop_counter import FlopCounterMode
 
 from audiossl.checkpoints.atomic import write_atomically
+from audiossl.planning.cost import flop_counter
 from audiossl.plots import reconstruction_figure
 from audiossl.pretraining import NonFiniteError
 from audiossl.running.loggers import MetricsCsv, log_picture
@@ -50,21 +50,21 @@ class Progress(TQDMProgressBar):
 class Throughput(Callback):
     """Log clips/s and tokens/s of the whole job, and MFU where the device's peak is known.
 
-    Floating-point operations are counted in the first micro-batch that is trained on, backward pass included: a teacher
-    has none, patchout has fewer. What other callbacks do (validation, probes, checkpoints) is left out of the time;
-    waiting for data is not, and the micro-batch that is counted is.
+    Floating-point operations are counted in the first micro-batch that is trained on, backward pass and attention
+    included: a teacher has none, patchout has fewer. What other callbacks do (validation, probes, checkpoints) is left
+    out of the time; waiting for data is not, and the micro-batch that is counted is.
     """
 
     def __init__(self, every_steps: int):
         self.every_steps = every_steps
         self.flops_per_clip: float | None = None
-        self._counter: FlopCounterMode | None = None
+        self._counter: Any = None
         self._seconds = 0.0
         self._batches = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.flops_per_clip is None and len(batch):
-            self._counter = FlopCounterMode(display=False)
+            self._counter = flop_counter()
             self._counter.__enter__()
 
     def on_exception(self, *_: Any) -> None:
