@@ -21,7 +21,7 @@ from audiossl.errors import UserError
 from audiossl.features.classifier import LinearHead
 from audiossl.noise import Noise
 from audiossl.patches import grid_of
-from audiossl.running.ranks import mean_of_all_ranks
+from audiossl.running.ranks import mean_of_all_ranks, sum_of_all_ranks
 from audiossl.scoring.pooling import AttentionWeights, WeakPooling, pool_moments
 from audiossl.sound.waveform import to_float
 from audiossl.tuning.augmentation import Augmentation, Sounds, frames_of
@@ -163,17 +163,22 @@ class FineTuning(nn.Module):
         return self.loss(clips, keep, first_column)
 
     def loss(self, clips: Sounds, keep: Tensor | None = None, first_column: int = 0) -> dict[str, Tensor]:
-        """Compare spectrograms (B, 1, F, T) with their targets; `keep` (B, K) are the patches that are encoded."""
+        """Compare spectrograms (B, 1, F, T) with their targets; `keep` (B, K) are the patches that are encoded.
+
+        In training `weight` counts the clips of all ranks, so that micro-batches can be weighed against each other;
+        those with events and those with labels alone, which are averaged apart, are weighed together.
+        """
         features = self.features(clips, keep, first_column)
         logits = self.head(features)  # once: batch statistics move with every call
         losses = self._moments(clips, features, logits) if self.level == "frame" else self._clips(clips, logits)
         total = sum(losses.values())
+        weight = {"weight": sum_of_all_ranks(len(clips.values), logits.device)} if self.training else {}
         if self.teacher is None:
-            return {"loss": total} | (losses if len(losses) > 1 else {})
+            return {"loss": total} | (losses if len(losses) > 1 else {}) | weight
         said = self.teacher.logits(clips, mask_padding=self.mask_padding)
         distilled = self._mean(distill_losses(logits, said, self.label_loss["loss"]))
         share = self.distill_weight
-        return {"loss": share * distilled + (1 - share) * total, "distill_loss": distilled, **losses}
+        return {"loss": share * distilled + (1 - share) * total, "distill_loss": distilled, **losses, **weight}
 
     def features(self, clips: Sounds, keep: Tensor | None = None, first_column: int = 0) -> Tensor:
         """Describe spectrograms for the head: (B, D), or (B, T', D) for moments."""

@@ -4,23 +4,28 @@ import csv
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import commands
+import lightning.pytorch as pl
 import pytest
 import torch
 from commands import kill_when
 from conftest import ROOT
 from lightning.pytorch.plugins.precision import Precision
+from test_pretraining import OPTIM
+from test_pretraining import QUIET as BARE
 from test_resume import column
-from tunings import FRAME, MAE, batch, export_of, tuning
+from tunings import FRAME, MAE, QUIET, batch, export_of, tuning
 from warm import Process
 
 from audiossl import load
 from audiossl.checkpoints.files import lower_is_better
 from audiossl.errors import UserError
 from audiossl.metrics import score_classes
+from audiossl.pretraining import Pretraining
 from audiossl.running.build import load_initial_weights
 from audiossl.running.classscores import ClassScores, logits_and_targets
 from audiossl.running.ranks import Ranks
@@ -148,6 +153,27 @@ def test_a_validation_leaves_out_what_nobody_judged(tmp_path):
         expected = score_classes(method.logits(given), given.target.nan_to_num(0), known)
     assert scores.scores[""].mean_average_precision == pytest.approx(expected.mean_average_precision, abs=1e-6)
     assert scores.unit == "clips" and (scores.scores[""].judged == known.sum(0)).all() and not known.all()
+
+
+@pytest.mark.parametrize("level", ["clip", "frame"])
+def test_micro_batches_of_other_sizes_weigh_what_they_hold(level):
+    """Three clips and one, accumulated, are the four of one batch: the same loss, the same gradient."""
+    changes = dict(level="frame", pooling="columns", weak_pooling="max") if level == "frame" else {}
+    rows, whole = [], batch(4)
+    apart = [
+        replace(whole, waveform=whole.waveform[s], num_samples=whole.num_samples[s], rows=whole.rows[s],
+                target=whole.target[s], key=whole.key[s])
+        for s in (slice(0, 3), slice(3, 4))
+    ]  # fmt: skip
+    for batches in ([whole], apart):
+        method = tuning(FRAME if level == "frame" else MAE, head_norm="none", **QUIET, **changes)
+        module = Pretraining(
+            method, optim=OPTIM, max_steps=1, batch_size=4 // len(batches), waveform_rate_hz=16000, seed=0
+        )
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        pl.Trainer(max_steps=1, accumulate_grad_batches=len(batches), **BARE).fit(module, loader)
+        rows.append([float(module.row[name]) for name in ("loss", "grad_norm")])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
 def test_an_encoder_whose_head_normalises_leaves_its_norm_behind(tmp_path):
