@@ -170,6 +170,7 @@ class Pretraining(pl.LightningModule):
         if self._window:
             return  # DeepSpeed accumulates by itself, and is asked for a step after every micro-batch
         if self._is_sharded:
+            self.trainer.strategy.divide_gradient_by(1.0)  # the next window's, before it begins
             norm = self.trainer.strategy.gradient_norm()
             self._refuse_non_finite(norm)
             self.record({"grad_norm": norm})
@@ -185,6 +186,9 @@ class Pretraining(pl.LightningModule):
         if self._window:
             return
         if self._is_sharded:  # no rank has the whole gradient, whose norm DeepSpeed tells after a step, taken or not
+            excess = 1.0 if self.excess is None else float(self.excess)
+            # Lightning averages over micro-batches, and DeepSpeed does once more
+            self.trainer.strategy.divide_gradient_by(excess / self.trainer.accumulate_grad_batches)
             return self._refuse_non_finite(0.0)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if self.excess is not None and gradients:

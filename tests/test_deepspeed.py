@@ -1,5 +1,6 @@
 """Runs that DeepSpeed spreads over two ranks: as good as ordinary ones, and as hard to lose."""
 
+import csv
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TINY, kill_when, start, train
+from tiny_shards import audio, clip, noise, write_shards
 from toy_sharded import TEACHER, pairs
 
 import audiossl
@@ -273,6 +275,20 @@ def test_zero_2_stays_close_to_distributed_data_parallel(tmp_path, model, change
     assert_equal({k.removeprefix("method."): v for k, v in whole["state_dict"].items()}, weights(tmp_path / "zero"))
     wanted = read_torch_file(tmp_path / "ddp" / STEP.format(6))["optimizer_states"][0]["state"]
     assert wanted.keys() == whole["optimizer_states"][0]["state"].keys()
+
+
+def test_micro_batches_weigh_what_they_hold_where_clips_are_bad(tmp_path):
+    """Every third clip is unreadable: two accumulated micro-batches of each rank hide different numbers of patches."""
+    made = [clip(f"c{i:02d}", audio(noise(i, 6000)) if i % 3 else b"no audio", 6000) for i in range(48)]
+    shards = f"data.shards={write_shards(tmp_path / 'corpus', [made])}"
+    changes = [shards, "data.max_bad_fraction=0.9", "data.validation_clips=0", "data.batch_size=2"]
+    changes += ["trainer.accumulate_grad_batches=2", "trainer.max_steps=4"]
+    run(tmp_path / "ddp", *changes, "trainer=ddp")
+    run(tmp_path / "zero", *changes, ZERO)
+    rows = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("ddp", "zero")]
+    for column in ("loss", "grad_norm"):
+        wanted, found = ([float(row[column]) for row in table if row[column]] for table in rows)
+        assert len(found) == 4 and found == pytest.approx(wanted, rel=1e-4), column
 
 
 @pytest.mark.gpu

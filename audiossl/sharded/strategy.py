@@ -103,6 +103,13 @@ class Zero(DeepSpeedStrategy):
             return torch.tensor(float("inf"))
         return torch.as_tensor(self.deepspeed_engine.get_global_grad_norm())
 
+    def divide_gradient_by(self, excess: float) -> None:
+        """Have the next step divide the gradient, which it holds in pieces, and its norm, before that is clipped.
+
+        It is the way of a loss scale: what micro-batches weigh is known when the last one is (`pretraining.py`).
+        """
+        self.deepspeed_engine.optimizer.loss_scale = excess
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Let every rank write its files into the folder `filepath`, then seal it; raises `UserError` on all ranks."""
         assert storage_options is None, "local folders have no storage options"
