@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from audiossl.planning.jobs import is_first_process
 from audiossl.sweeping.picture import Look, Row, draw
 from audiossl.sweeping.plan import (
     RECORD,
+    array_has_ended,
     array_task,
     as_dict,
     chosen,
@@ -68,8 +70,13 @@ def end_sweep(config: DictConfig, summarise: Callable[[Path, list[tuple[str, ...
         jobs = read_jobs(folder, points)
         own = chosen(config, len(points)) if points else list(jobs)
         ahead = [number for number, job in jobs.items() if not has_ended(job)]
-        if array_task(config) is None or not ahead:
+        is_last = array_has_ended([number for number in jobs if number not in ahead], os.environ)
+        if array_task(config) is None or not ahead or is_last:
             summarise(folder, points)
+            if ahead and array_task(config) is not None:
+                numbers = ",".join(map(str, ahead))
+                ways = f"--array={numbers} and hydra.sweep.dir={folder}"
+                print(f"the array had no task for points {numbers}; submit the same command with {ways}")
         else:
             print(f"point {own[0]}: {jobs[own[0]]['status']}; still to end: {', '.join(map(str, ahead))} of {folder}")
     if any(jobs[number]["status"] != FINISHED for number in own):

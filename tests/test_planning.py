@@ -17,7 +17,8 @@ from audiossl.loading.order import Shuffled, StepSampler
 from audiossl.noise import Noise
 from audiossl.planning import memory
 from audiossl.planning.balance import balance_of
-from audiossl.planning.cost import cost_of, flop_counter
+from audiossl.planning.cost import Cost, cost_of, flop_counter
+from audiossl.planning.known import Known
 
 ADAMW = {"optimizer": "adamw", "momentum": 0.9}
 DEMO = f"data.shards={ROOT / 'demo' / 'shards'}"
@@ -69,6 +70,19 @@ def test_a_run_that_fits_here_is_timed_and_a_sweep_is_added_up(tmp_path, monkeyp
     assert found["total"]["hours"] == sum(20 * 4 / speed["clips_per_second"] / 3600 for speed in speeds)
     assert found["jobs"][0]["clip"]["encoded"]["encoder"] > found["jobs"][1]["clip"]["encoded"]["encoder"]
     assert "model.mask_ratio=0.8" in capsys.readouterr().out
+
+
+def test_what_jobs_share_is_found_once_and_speed_is_measured_for_the_first_settings_alone():
+    known, asked = Known(2), []
+
+    def measured(name, rate):
+        return lambda: (asked.append(name) or rate, 10)
+
+    costs = {name: Cost(None, {}, 0, flops, 0, 0) for name, flops in (("a", 10), ("b", 20), ("c", 40))}
+    assert known.speed(["a"], costs["a"], measured("a", 6.0)) == (6.0, 10)
+    assert known.speed(["b"], costs["b"], measured("b", 1.0)) == (1.0, 10)
+    assert known.speed(["c"], costs["c"], measured("c", 9.0)) == ((60 + 20) / 2 / 40, None)
+    assert known.speed(["a"], costs["a"], measured("a", 8.0)) == (6.0, 10) and asked == ["a", "b"]
 
 
 def test_what_will_go_wrong_is_said(tmp_path, monkeypatch, capsys):

@@ -113,6 +113,28 @@ def test_each_task_of_an_array_runs_its_point_and_the_last_one_writes_the_summar
     assert capsys.readouterr().err == line
 
 
+def test_the_last_task_of_an_array_too_small_names_the_points_that_have_not_run(sweep, monkeypatch, capsys):
+    for name, value in dict(JOB_ID=78, TASK_MIN=0, TASK_MAX=1, TASK_COUNT=2).items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+    folder = Path("runs/sweep_78")
+    for task, ratio in ((0, 0.7), (1, 0.8)):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        assert not (folder / "summary.csv").exists() and sweep(RATIOS) == (0, [ratio])
+    assert statuses(folder) == ["finished", "finished", "missing"]
+    said = capsys.readouterr().out
+    assert "the array had no task for points 2; submit the same command with --array=2 and hydra.sweep.dir=" in said
+    assert "'hydra.sweeper.only=[2]'" in said
+
+
+def test_a_sweep_within_a_sweeps_folder_is_none_of_its_points(sweep):
+    assert sweep(RATIOS, "hydra.sweep.dir=s", stops=[0.7])[0] == 75
+    assert sweep(RATIOS, "hydra.sweep.dir=s/old") == (0, [0.7, 0.8, 0.9])
+    points = [[text] for text in ("model.mask_ratio=0.7", "model.mask_ratio=0.8", "model.mask_ratio=0.9")]
+    assert [job["status"] for job in read_jobs(Path("s"), points).values()] == ["no results", "missing", "missing"]
+    Path("s").rename("moved")
+    assert [job["status"] for job in read_jobs(Path("moved/old"), points).values()] == ["finished"] * 3
+
+
 def test_tasks_of_an_array_that_run_at_once_leave_one_whole_summary(tmp_path):
     def task(number):
         environ = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": str(number), "PYTHONUNBUFFERED": "1"}

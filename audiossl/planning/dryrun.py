@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tqdm import tqdm
 
 from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
@@ -26,6 +27,7 @@ from audiossl.planning import memory, table
 from audiossl.planning.balance import balance_of
 from audiossl.planning.cost import Cost, cost_of
 from audiossl.planning.jobs import sbatch_command
+from audiossl.planning.known import Known
 from audiossl.planning.speed import Assumptions, decoding_rate, measure
 from audiossl.running.build import method_from_config, needs_labels, takes_classes
 from audiossl.running.devices import Layout, NotHereError, layout_of
@@ -35,6 +37,7 @@ from audiossl.training import warmed_up
 
 Plan = dict[str, Any]
 FILE = "dry_run.json"
+MEASURED = 3  # settings of a sweep whose speed is measured; that of the others follows from their operations
 
 
 def show(program: str, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> int:
@@ -43,11 +46,10 @@ def show(program: str, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> int:
     `jobs` are (overrides, checked config). One run's file lies in the folder it will have, which it does not keep the
     run from using; a sweep's in the sweep's folder. Raises `UserError` for what the run itself would refuse.
     """
-    console, plans = Console(), []
+    console, plans, known = Console(), [], Known(MEASURED)
     console = console if console.is_terminal else Console(width=120)
-    for number, (overrides, config) in enumerate(jobs):
-        with console.status(f"planning {number + 1} of {len(jobs)}: a training step of one clip, then speed"):
-            plans.append(plan_of(config, program, overrides))
+    for overrides, config in tqdm(jobs, desc="planning", unit="job", mininterval=1, leave=False, delay=2):
+        plans.append(plan_of(config, program, overrides, known))
     folder = Path(jobs[0][1]["run_dir"])
     path = (folder if len(jobs) == 1 else folder.parent) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +67,14 @@ def show(program: str, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> int:
     return 0
 
 
-def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Sequence[str] = ()) -> Plan:
-    """Plan one run: plain values, as `dry_run.json` holds them (bytes, seconds and clips, where no name says else)."""
+def plan_of(
+    config: Mapping[str, Any], program: str = "train.py", overrides: Sequence[str] = (), known: Known | None = None
+) -> Plan:
+    """Plan one run: plain values, as `dry_run.json` holds them (bytes, seconds and clips, where no name says else).
+
+    What was found out for other jobs is in `known`, and is not found out again.
+    """
+    known = known or Known(1)
     assume, trainer = Assumptions(**config["assume"]), config["trainer"]
     layout, is_here, why = _layout(trainer, assume)
     precision = _precision(trainer["precision"], layout, is_here)
@@ -79,7 +87,9 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
     method = method_from_config(dict(config), frontend=frontend, vocabulary=vocabulary)
     crop = crop_samples(config["data"], method, data.rate_hz)
     samples = -(-crop * frontend.rate_hz // data.rate_hz)
-    cost = cost_of(method, samples=samples, num_classes=len(vocabulary) if labels else None, half=half)
+    heard = (config["model"], config["frontend"], samples, len(vocabulary or ()), precision)
+    num_classes = len(vocabulary) if labels else None
+    cost = known.once(("cost", *heard), lambda: cost_of(method, samples=samples, num_classes=num_classes, half=half))
     sizes, run = memory.sizes_of(method), _run(config, data, layout, assume.clips)
     needed = memory.memory_of(
         sizes, cost, batch_size=data.batch_size, devices=layout.total, optim=config["optim"],
@@ -104,7 +114,7 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
             on_gpus=layout.accelerator != "cpu",
         ),
     }
-    plan["speed"] = _speed(config, method, data, cost, layout, assume, is_here, half, crop, precision)
+    plan["speed"] = _speed(config, method, data, cost, layout, assume, is_here, half, crop, precision, heard, known)
     plan["time"] = _time(run, plan["speed"], layout)
     return plan | {"warnings": problem + table.warnings_of(plan)}
 
@@ -182,17 +192,25 @@ def _memory(
 
 
 def _speed(
-    config, method, data: ShardData, cost: Cost, layout: Layout, assume: Assumptions, is_here, half, crop, precision
-) -> dict[str, Any]:
+    config, method, data: ShardData, cost: Cost, layout: Layout, assume: Assumptions, is_here, half, crop, precision,
+    heard: tuple, known: Known,
+) -> dict[str, Any]:  # fmt: skip
     how: dict[str, Any] = {"mfu": None, "peak_tflops": None, "steps": None}
     if is_here or layout.accelerator == "cpu":
         device = torch.device("cuda" if layout.accelerator != "cpu" else "cpu")
         what = dict(device=device, half=half, crop_samples=crop, seed=config["seed"])
-        each, how["steps"] = measure(method, data, config["optim"], **what)
+        reading = ("reading", crop, {k: v for k, v in config["data"].items() if k != "validation_clips"})
+        optimizer = config["optim"]["optimizer"]
+        each, how["steps"] = known.speed(
+            (heard, reading, optimizer), cost, lambda: measure(method, data, config["optim"], **what)
+        )
     else:
         how |= {"mfu": assume.mfu, "peak_tflops": assume.peak(precision)}
         each = assume.clips_per_second(cost.flops_training, precision)
-    decoded = decoding_rate(data, crop_samples=crop, seed=config["seed"])
+    decoded = known.once(
+        ("decoding", crop, config["data"]["shards"], config["data"].get("sources")),
+        lambda: decoding_rate(data, crop_samples=crop, seed=config["seed"]),
+    )
     workers = max(data.num_workers, 1)
     at_once = layout.total if layout.accelerator != "cpu" else min(layout.total, os.cpu_count() or 1)
     rates = {"clips_per_second": each * at_once, "per_device": each}

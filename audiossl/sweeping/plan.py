@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,18 @@ def chosen(config: DictConfig, num_points: int) -> list[int]:
         if not isinstance(number, int) or not 0 <= number < num_points:
             raise UserError(f"hydra.sweeper.only: {number} is no point of the sweep; it has 0 to {num_points - 1}")
     return list(range(num_points)) if only is None else sorted(set(only))
+
+
+def array_has_ended(numbers: Collection[int], environ: Mapping[str, str]) -> bool:
+    """Tell whether no task of this SLURM array has still to end, where `numbers` are the points that have ended.
+
+    An array may have fewer tasks than the sweep has points, the others being none of its business.
+    """
+    texts = [environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("MIN", "MAX", "COUNT")]
+    if not all(text.isdecimal() for text in texts):
+        return False
+    first, last, count = map(int, texts)
+    return sum(first <= number <= last for number in numbers) >= count
 
 
 def is_going_on(config: DictConfig) -> bool:

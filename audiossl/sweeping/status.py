@@ -1,7 +1,8 @@
 """What has become of each point of a sweep?
 
-Every point has a folder below the sweep's, found by the overrides that Hydra wrote into it; `results.json` says how it
-ended. A point that a kill or a pre-emption stopped has none, and goes on when the sweep does.
+Every point has a folder below the sweep's, found by the overrides that Hydra wrote into it; one of another sweep, which
+somebody has put there, names another place. `results.json` says how it ended. A point that a kill or a pre-emption
+stopped has none, and goes on when the sweep does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.sweeping.plan import Overrides, as_dict, what_counts
 
@@ -31,7 +34,7 @@ def read_jobs(folder: Path, points: Sequence[Sequence[str]] | None = None) -> di
     jobs: dict[int, Job] = {n: {"overrides": overrides, "status": MISSING} for n, overrides in enumerate(planned)}
     counting = what_counts(planned)
     for path in sorted(folder.rglob(".hydra/overrides.yaml")):
-        number = _number(path, planned, counting)
+        number = _number(path, planned, counting) if _is_of(folder, path.parent) else None
         if number is not None:
             jobs[number] = _read_job(path.parent.parent)
     return dict(sorted(jobs.items()))
@@ -47,6 +50,18 @@ def forget_failure(folder: Path) -> None:
     path = folder / "results.json"
     if path.is_file() and _results_in(path).get("status", "failed") == "failed":
         path.unlink()
+
+
+def _is_of(folder: Path, hydra: Path) -> bool:
+    """Tell whether a run lies where the sweep in `folder` has put it, as far as its own `hydra.yaml` says."""
+    try:
+        about = OmegaConf.load(hydra / "hydra.yaml")
+        if OmegaConf.select(about, "hydra.mode") == "RUN":
+            return False
+        place = OmegaConf.select(about, "hydra.sweep.subdir")
+    except (OmegaConfBaseException, yaml.YAMLError, OSError):  # named by what is no part of it, or just being written
+        return True
+    return place is None or hydra.parent == folder / str(place)
 
 
 def _number(path: Path, planned: Sequence[Overrides], counting: Callable[[Mapping[str, str]], Overrides]) -> int | None:
