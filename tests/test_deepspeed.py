@@ -277,6 +277,7 @@ def test_zero_2_stays_close_to_distributed_data_parallel(tmp_path, model, change
     assert wanted.keys() == whole["optimizer_states"][0]["state"].keys()
 
 
+@pytest.mark.slow
 def test_micro_batches_weigh_what_they_hold_where_clips_are_bad(tmp_path):
     """Every third clip is unreadable: two accumulated micro-batches of each rank hide different numbers of patches."""
     made = [clip(f"c{i:02d}", audio(noise(i, 6000)) if i % 3 else b"no audio", 6000) for i in range(48)]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fits import assert_same_run, kill_and_go_on, many_clips, run, trace
+from methods import settings_of
 from tiny_shards import RATE, audio, clip, data_of, digest, noise, train_batches, write_shards
 
 from audiossl.errors import UserError
@@ -82,6 +84,33 @@ def test_a_mixture_of_corpora_may_be_resident(corpus):
     settings = dict(sources=shares, rate_hz=RATE, validation_clips=2)
     ordinary, resident = (data_of(None, resident=resident, **settings) for resident in (False, True))
     assert digest(train_batches(resident)) == digest(train_batches(ordinary))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> list[str]:
+    shards = many_clips(tmp_path_factory.mktemp("many") / "corpus", 24)
+    given = ["data=folder", f"data.shards={shards}", "data.validation_clips=0", "frontend.seconds=0.16"]
+    return [*settings_of("audiomae"), *given, "data.batch_size=2", "trainer.max_steps=6", "checkpoint.every_steps=2"]
+
+
+def keys_of(folder, rank: int) -> list[str]:
+    return [key for row in trace(folder, rank) for key in row["keys"].split()]
+
+
+def test_two_ranks_that_share_a_resident_corpus_see_what_ordinary_ranks_see(settings, tmp_path):
+    """Six steps of two times two clips are an epoch: each clip once, on one of the ranks."""
+    run(tmp_path / "resident", *settings, "data.resident=true", ranks=2)
+    run(tmp_path / "ordinary", *settings, ranks=2)
+    assert_same_run(tmp_path / "resident", tmp_path / "ordinary", 6, ranks=2)
+    first, second = (keys_of(tmp_path / "resident", rank) for rank in (0, 1))
+    assert len(first) == len(second) == 12 and len({*first, *second}) == 24
+
+
+def test_a_resident_run_that_is_killed_and_resumed_is_the_one_that_was_never_stopped(settings, tmp_path):
+    settings = [*settings, "data.resident=true"]
+    run(tmp_path / "straight", *settings)
+    kill_and_go_on(tmp_path / "killed", *settings, at=(3,))
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", 6)
 
 
 @pytest.mark.gpu
