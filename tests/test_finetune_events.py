@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from finetunes import config_of, encoder, events_folder, predictions, run
 from labelledsets import desed
+from scipy.special import expit
 
 from audiossl import load
 from audiossl.detect import events_in
@@ -36,7 +37,8 @@ def task(finished, folder):
 
 
 def moments(found: dict) -> list[np.ndarray]:
-    return np.split(found["probabilities"], found["ends"][:-1])
+    assert found["logits"].dtype == np.float32
+    return np.split(expit(found["logits"].astype(np.float64)), found["ends"][:-1])
 
 
 def test_events_of_the_test_clips_are_those_that_detect_finds_in_the_files(finished, folder, task):

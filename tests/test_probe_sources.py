@@ -6,9 +6,10 @@ from exported import METHODS, OVERLAPPING, encoder_of, export
 from maes import real_clips
 
 from audiossl.errors import UserError
+from audiossl.features.source import Source
 from audiossl.probes.segments import pool, segments_of
 from audiossl.probes.sidebyside import SideBySide
-from audiossl.probes.sources import EncoderSource, Source, open_source
+from audiossl.probes.sources import EncoderSource, open_source
 
 
 def heard(source, seconds=(2.0, 1.1, 0.4)):

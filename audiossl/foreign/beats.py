@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audiossl.errors import UserError
+from audiossl.features.source import Described, hash_of_weights
 from audiossl.foreign.beatsnet import BeatsNet, Sizes
 from audiossl.foreign.described import clips_of, first
-from audiossl.probes.sources import Described, hash_of_weights
 from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.reading import read_torch_file
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from audiossl.errors import UserError
+from audiossl.features.source import Described, hash_of_weights
 from audiossl.foreign.described import by_length, clips_of
-from audiossl.probes.sources import Described, hash_of_weights
 from audiossl.sound.frontend import FrontEnd
 from audiossl.sound.mel import htk_mel_matrix
 from audiossl.weights.reading import read_weights

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audiossl.probes.sources import Described
+from audiossl.features.source import Described
 
 
 def clips_of(waveform: Tensor, num_samples: Tensor, shortest: int) -> list[Tensor]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from audiossl.errors import UserError
+from audiossl.features.source import Described, hash_of_weights
 from audiossl.foreign.described import by_length, clips_of, first
-from audiossl.probes.sources import Described, hash_of_weights
 
 AST = "audio-spectrogram-transformer"
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010  # Kaldi's, which AST's feature extractor does not let one choose

@@ -8,25 +8,12 @@ the audio, and there is no error of sampling.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from audiossl.passports.compare_sound import compare_sound
 from audiossl.passports.corpusfacts import SKETCH_KEYS, read_sketch
-
-IMPORTANT_SHARE = 0.01  # of the clips: missing, undecodable, doubled, or of another kind
-IMPORTANT_STDS = 0.1  # of the log-mel's standard deviation
-SURE = 3.0  # standard errors
-DB_PER_NEPER = 10 / math.log(10)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Say how one thing differs, in words; no words where it does not. Important: a model would notice."""
-
-    subject: str
-    text: str = ""
-    is_important: bool = False
+from audiossl.passports.difference import IMPORTANT_SHARE, SURE, Difference, error_of_share, percent
 
 
 def compare(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None = None) -> list[Difference]:
@@ -43,8 +30,6 @@ def compare(mine: dict, other: dict, keys: tuple[list[str], list[str]] | None = 
         found.append(_kinds(said, mine[name], other[name], matters, is_same_clips))
     found.append(_durations(mine, other, is_same_clips))
     if "audio" in mine and "audio" in other:
-        from audiossl.passports.compare_sound import compare_sound  # which takes its words from here
-
         found += compare_sound(mine, other)
     else:
         found.append(Difference("audio", "not measured in one of the two; nothing is said about levels and log-mels"))
@@ -175,18 +160,6 @@ def _durations(mine: dict, other: dict, is_same_clips: bool) -> Difference:
     if abs(short[0] - short[1]) > max(0.02, chance):
         words.append(f"{percent(short[0])} are shorter than 10 s (there {percent(short[1])})")
     return Difference("durations", "; ".join(words), bool(words))
-
-
-def error_of_share(shares: tuple[float, float], clips: tuple[int, int]) -> float:
-    """Give the standard error of the difference of two shares of so many clips drawn at random."""
-    return math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares, clips, strict=True)))
-
-
-def percent(share: float) -> str:
-    """Spell a share with what digits it deserves."""
-    if share in (0, 1) or 0.095 < share < 0.905:
-        return f"{share:.0%}"
-    return f"{share:.1%}" if 0.005 < share < 0.995 else f"{share:.2g}" if share > 1 else f"{share:.3%}"
 
 
 def _classes(number: int) -> str:

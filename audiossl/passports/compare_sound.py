@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from audiossl.passports.compare import (
+from audiossl.passports.difference import (
     DB_PER_NEPER,
     IMPORTANT_SHARE,
     IMPORTANT_STDS,

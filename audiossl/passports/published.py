@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from audiossl.passports.compare import IMPORTANT_SHARE, IMPORTANT_STDS, SURE, Difference, percent
+from audiossl.passports.difference import IMPORTANT_SHARE, IMPORTANT_STDS, SURE, Difference, percent
 
 NOT_AUDIOSET = 0.5  # of its clips: with fewer this is a part of it, or another corpus
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from audiossl.passports.compare import Difference
+    from audiossl.passports.difference import Difference
 
 MOST = 3  # classes, reasons and duplicates named in a row
 

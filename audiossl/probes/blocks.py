@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from audiossl.errors import UserError
+from audiossl.features.source import Source
 from audiossl.indexing.indexfile import write_whole
 from audiossl.probes.segments import Heard, Segment, Wanted, hear, segments_of
-from audiossl.probes.sources import Source
 from audiossl.sound.audio import AudioError
 
 if TYPE_CHECKING:

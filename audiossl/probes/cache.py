@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from audiossl.config.secrets import mask
 from audiossl.errors import UserError
+from audiossl.features.source import Source
 from audiossl.indexing.indexfile import write_whole
 from audiossl.probes.blocks import ClipFeatures, block_path, describe_block, gather, opened, size_of
 from audiossl.probes.segments import Wanted, segment_samples, segments_of
-from audiossl.probes.sources import Source
 from audiossl.remote.shardcache import GB, default_folder
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from audiossl.features.source import Source
 from audiossl.probes.segments import segment_samples, segments_of
-from audiossl.probes.sources import Source, device_of
+from audiossl.probes.sources import device_of
 
 WARM_UP, MIN_SECONDS, MAX_ROUNDS = 1, 1.0, 50
 

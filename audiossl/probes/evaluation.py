@@ -35,6 +35,7 @@ from audiossl.probes.blocks import ClipFeatures
 from audiossl.probes.moments import moment_examples, on_a_grid, thresholds_of, usual_step, without_bad
 from audiossl.probes.scores import Tested
 from audiossl.probes.segments import Wanted
+from audiossl.scoring.frames import FrameScores
 
 if TYPE_CHECKING:
     from audiossl.tasks import Task
@@ -116,7 +117,7 @@ def judge(
                 held_out = clips[np.unique(owner[split.validation])], one.validation
                 thresholds = thresholds_of(task, features, *held_out, step, reading.thresholds)
                 probabilities = on_a_grid(task, features, asked, one.probabilities, step)
-                tested.append(Tested(division.name, seed, asked, probabilities, step, thresholds))
+                tested.append(Tested(division.name, seed, asked, FrameScores(probabilities), step, thresholds))
                 is_tuned = isinstance(thresholds, np.ndarray)
                 decided = [round(each, 6) for each in thresholds.tolist()] if is_tuned else thresholds
                 chosen.append(one.chosen | {"thresholds": decided})

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from audiossl.errors import UserError
+from audiossl.features.source import Source
 from audiossl.heads.examples import Layers, Pooling
 from audiossl.heads.fitting import NetSettings
 from audiossl.probes import pictures, results
@@ -23,7 +24,7 @@ from audiossl.probes.cache import FeatureCache, name_bad
 from audiossl.probes.cost import cost_of
 from audiossl.probes.evaluation import Head, Judged, Reading, check_heads, judge, wanted_of
 from audiossl.probes.scores import summarise
-from audiossl.probes.sources import Source, open_source
+from audiossl.probes.sources import open_source
 from audiossl.tasks import Task, load_task
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from audiossl.metrics import score_classes
 from audiossl.scoring import bootstrap
 from audiossl.scoring.classes import confusion_matrix, top_k_correct
+from audiossl.scoring.frames import FrameScores
 from audiossl.scoring.numbers import clip_scores, event_scores
 
 if TYPE_CHECKING:
@@ -27,25 +29,25 @@ MEDIAN_FRAMES = 7  # of the filter that frame scores of events pass
 
 @dataclass(frozen=True)
 class Tested:
-    """Hold the probabilities of one fold and seed: (test, C) of clips, or a list of (frames, C) for events."""
+    """Hold the probabilities of one fold and seed: (test, C) of clips, or (frames, C) for each of them for events."""
 
     fold: str
     seed: int
     clips: NDArray[np.int64]
-    probabilities: NDArray[np.float64] | list[NDArray[np.float64]]
+    probabilities: NDArray[np.float64] | FrameScores
     frame_seconds: float | None = None
     thresholds: float | NDArray[np.float64] = 0.5
     median_frames: int = MEDIAN_FRAMES
     bad_clips: Mapping[str, str] = field(default_factory=dict)  # keys of those that could not be read, and why
 
 
-def summarise(task: Task, tested: Sequence[Tested], *, num_resamples: int) -> dict:
+def summarise(task: Task, tested: Sequence[Tested], *, num_resamples: int, folder: Path | None = None) -> dict:
     """Give `score` with `low` and `high`, `std` over seeds, `folds` and every other number of the task.
 
-    All are means over folds and seeds; numbers are those of `audiossl.scoring.numbers`.
+    All are means over folds and seeds; numbers are those of `audiossl.scoring.numbers`, as is `folder`.
     """
     if task.kind == "events":
-        found = [_of_events(task, one, num_resamples) for one in tested]
+        found = [_of_events(task, one, num_resamples, folder) for one in tested]
     else:
         found = [_of_clips(task, one) for one in tested]
     names = list(dict.fromkeys(name for numbers in found for name in numbers if not name.endswith(("_low", "_high"))))
@@ -71,7 +73,7 @@ def _of_clips(task: Task, one: Tested) -> dict[str, float]:
     return clip_scores(task.kind, probabilities, task.targets_of(one.clips), known, **how)
 
 
-def _of_events(task: Task, one: Tested, num_resamples: int) -> dict[str, float]:
+def _of_events(task: Task, one: Tested, num_resamples: int, folder: Path | None) -> dict[str, float]:
     from audiossl.scoring.events import Event
 
     events = [[Event(*event) for event in task.events[clip]] for clip in one.clips]
@@ -79,7 +81,7 @@ def _of_events(task: Task, one: Tested, num_resamples: int) -> dict[str, float]:
     seconds = seconds if task.clip_seconds is None else np.minimum(seconds, task.clip_seconds)
     how = dict(frame_seconds=one.frame_seconds, metric=task.metric, num_resamples=num_resamples)
     how |= dict(thresholds=one.thresholds, median_frames=one.median_frames)
-    how |= dict(onset_collar_seconds=task.onset_collar_seconds, variance_penalty=task.variance_penalty)
+    how |= dict(onset_collar_seconds=task.onset_collar_seconds, variance_penalty=task.variance_penalty, folder=folder)
     return event_scores(one.probabilities, events, seconds, **how)
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audiossl.probes.sources import Described, Source, device_of
+from audiossl.features.source import Described, Source
+from audiossl.probes.sources import device_of
 
 SHORTEST_REST = 0.05  # of a segment: a rest shorter than that is left out
 

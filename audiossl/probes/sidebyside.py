@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from audiossl.probes.sources import Described, Source
+from audiossl.features.source import Described, Source
 from audiossl.spectrogram import resample, resampled_samples
 
 

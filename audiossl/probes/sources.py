@@ -7,12 +7,10 @@ tables) knows no model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,11 @@ from torch import Tensor, nn
 from audiossl.encoder import init_truncated_normal
 from audiossl.errors import UserError
 from audiossl.features.levels import free_length
+from audiossl.features.source import Described, Source, hash_of_weights
 from audiossl.features.statistics import logmel_statistics
 from audiossl.features.windows import Layout, Piece, speaks_for, valid_frames, windows_for
 from audiossl.pretrained import PretrainedEncoder
+from audiossl.probes.sidebyside import SideBySide
 from audiossl.sound.frontend import FrontEnd
 from audiossl.spectrogram import KaldiFbank
 from audiossl.weights.reading import newest_checkpoint
@@ -33,39 +33,6 @@ DEFAULT_LOGMEL = dict(
 )  # fmt: skip
 Padding = Literal["model", "none"]
 REVISION = 2  # of what sources give: raised when the same weights would give other features
-
-
-class Described(NamedTuple):
-    """Hold what a source says of B clips: every layer's features of every moment, and the clips' class tokens."""
-
-    columns: Tensor  # (B, L, T', D) float32
-    valid: Tensor  # (B, T') bool: which moments are audio, not padding
-    classes: Tensor | None  # (B, L, D): the class tokens, averaged; None where there are none
-    highest: Tensor | None = None  # (B, L, D): the maximum over patches that are audio; None: over the moments
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Describe clips: frozen, in evaluation mode, no gradient, on the device that `to` names.
-
-    `hash` (hex) changes with any weight, the front end and any setting that changes features. `num_layers` is L,
-    `width` D; `max_seconds` is the longest clip of one `describe`, None for any.
-    """
-
-    name: str
-    hash: str
-    rate_hz: int
-    num_layers: int
-    width: int
-    max_seconds: float | None
-
-    def describe(self, waveform: Tensor, num_samples: Tensor) -> Described:
-        """Describe (B, S) float in [-1, 1] at `rate_hz`, of which `num_samples` (B,) int64 are audio."""
-        ...
-
-    def to(self, device: torch.device | str) -> Source:
-        """Move to a device, and return itself."""
-        ...
 
 
 class EncoderSource(nn.Module):
@@ -164,15 +131,6 @@ def device_of(source: Source) -> torch.device:
     return next((value.device for value in tensors), torch.device(getattr(source, "device", "cpu")))
 
 
-def hash_of_weights(module: nn.Module | None, about: Sequence[object]) -> str:
-    """Hash every tensor of a module (none: nothing), and plain values that say how it is used: hexadecimal."""
-    found = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(module.state_dict().items() if module is not None else ()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def open_source(
     init: str | Sequence[str], *, seed: int = 0, moments: bool = False, padding: Padding = "model"
 ) -> Source:
@@ -190,8 +148,6 @@ def open_source(
             raise UserError("init=[]: name at least one encoder")
         if len(found) == 1:
             return found[0]
-        from audiossl.probes.sidebyside import SideBySide
-
         return SideBySide(found)
     kind, colon, rest = init.partition(":")
     if kind == "logmel":

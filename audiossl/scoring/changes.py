@@ -86,13 +86,13 @@ def _expand(counts: NDArray, firsts: NDArray) -> tuple[NDArray, NDArray]:
     return item, np.repeat(firsts, counts) + within
 
 
-def alarms_of(scores: NDArray, clips: NDArray) -> tuple[NDArray, ...]:
-    """Count the runs of clips (columns of scores, (T, N)) in which every run is a false alarm.
+def alarms_of(levels: NDArray, clips: NDArray) -> tuple[NDArray, ...]:
+    """Count the runs of clips in which every run is a false alarm, from their scores (T, n), a clip a column.
 
     A run more at every peak, one less at every dip: level, clip, `what` and change, without going through the runs.
     """
-    padded = np.full((len(scores) + 2, len(clips)), -np.inf, scores.dtype)
-    padded[1:-1] = scores[:, clips]
+    padded = np.full((len(levels) + 2, len(clips)), -np.inf, levels.dtype)
+    padded[1:-1] = levels
     rises = padded[1:] > padded[:-1]
     change = (rises[:-1].astype(np.int8) - rises[1:]) * (padded[1:-1] > -np.inf)
     frame, column = np.nonzero(change)
@@ -155,7 +155,7 @@ def _found(
     order = np.lexsort((-levels, events))
     levels, events, shares = levels[order], events[order], shares[order]
     total = np.cumsum(shares)  # an event's shares add up to 0 in the end, so that none is left for the next
-    is_last = np.append((np.diff(levels) != 0) | (np.diff(events) != 0), True)[: len(levels)]
+    is_last = np.append((levels[1:] != levels[:-1]) | (events[1:] != events[:-1]), True)[: len(levels)]
     levels, events = levels[is_last], events[is_last]
     is_found = _meets(total[is_last], settings.gtc, truth.seconds[events]) & (levels > -np.inf)
     was_found = np.append(False, is_found[:-1] & (np.diff(events) == 0))[: len(is_found)]

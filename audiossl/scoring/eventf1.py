@@ -36,6 +36,12 @@ class Counts:
     missed: NDArray[np.int32]
     errors: NDArray[np.int32] | None = None
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[Counts]) -> Counts:
+        """Put the counts of some clips after those of others."""
+        columns = zip(*((part.found, part.in_vain, part.missed, part.errors) for part in parts), strict=True)
+        return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
     @property
     def per_class(self) -> NDArray[np.float64]:
         """Give each class's F1 in [0, 1], NaN for a class that is nowhere: (C,)."""

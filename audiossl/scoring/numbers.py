@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,9 +17,11 @@ from scipy.special import expit, softmax
 
 from audiossl.errors import UserError
 from audiossl.metrics import accuracy, score_classes
-from audiossl.scoring import bootstrap, classes, eventf1
-from audiossl.scoring.events import Event, detect, frame_edges, raster, smooth
-from audiossl.scoring.psds import PSDS1, PSDS2, PsdsTable, check_clips
+from audiossl.scoring import bootstrap, classes
+from audiossl.scoring.events import Event
+from audiossl.scoring.frames import FrameScores
+from audiossl.scoring.hearing import hear, of_frames
+from audiossl.scoring.psds import PSDS1, PSDS2, PsdsTable
 
 # the name of each number, by the kind of task; the first of each is what a task of that kind is judged by
 CLIP_METRICS = {
@@ -96,6 +99,7 @@ def event_scores(
     metric: str | None = None,
     num_resamples: int = 0,
     seed: int = 0,
+    folder: str | Path | None = None,
 ) -> dict[str, float]:
     """Give every number of `EVENT_METRICS` for frame probabilities, per clip (T', C), and its events and length.
 
@@ -104,57 +108,45 @@ def event_scores(
     `onset_collar_seconds` (HEAR 2021: 0.05 for notes, 0.2 for sounds, both `_micro`), `segment_f1` seconds,
     `intersection_f1` half of each covered; without `_micro` all are means over classes. `frame_mAP` is of unfiltered
     frames. AudioSet Strong is published without PSDS's `variance_penalty`. Intervals and errors as `clip_scores`.
+
+    Scores that are many lie in files without a name in `folder` meanwhile (`scoring.frames`), twice as large as
+    `probabilities`; memory holds one class's.
     """
     seconds = np.asarray(seconds, np.float64)
-    num_classes = check_clips(probabilities, events, seconds)
-    smoothed = [smooth(of_clip, median_frames) for of_clip in probabilities]
-    detected = [
-        detect(of_clip, thresholds=thresholds, frame_seconds=frame_seconds, seconds=length)
-        for of_clip, length in zip(smoothed, seconds.tolist(), strict=True)
-    ]
-    collars = eventf1.collar_counts(detected, events, num_classes=num_classes)
-    onsets = eventf1.collar_counts(
-        detected, events, num_classes=num_classes, collar_seconds=onset_collar_seconds, offsets_count=False
-    )
-    covered = eventf1.intersection_counts(detected, events, num_classes=num_classes)
-    segments = eventf1.segment_counts(detected, events, seconds, num_classes=num_classes)
+    metric = metric or EVENT_METRICS[0]
+    if metric not in EVENT_METRICS:
+        raise UserError(f"metric {metric}: there are {', '.join(EVENT_METRICS)}")
+    scores = probabilities if isinstance(probabilities, FrameScores) else FrameScores(probabilities)
+    how = dict(thresholds=thresholds, median_frames=median_frames, onset_collar_seconds=onset_collar_seconds)
+    heard = hear(scores, events, seconds, frame_seconds=frame_seconds, folder=folder, **how)
     statistics = {
-        "event_f1": lambda: collars.macro_of,
-        "event_f1_micro": lambda: collars.micro_of,
-        "onset_f1": lambda: onsets.macro_of,
-        "onset_f1_micro": lambda: onsets.micro_of,
-        "intersection_f1": lambda: covered.macro_of,
-        "segment_f1": lambda: segments.macro_of,
-        "segment_f1_micro": lambda: segments.micro_of,
-        "segment_error_rate": lambda: segments.error_rate_of,
-        "frame_mAP": lambda: _frame_map(probabilities, events, seconds, frame_seconds),
+        "event_f1": lambda: heard.collars.macro_of,
+        "event_f1_micro": lambda: heard.collars.micro_of,
+        "onset_f1": lambda: heard.onsets.macro_of,
+        "onset_f1_micro": lambda: heard.onsets.micro_of,
+        "intersection_f1": lambda: heard.covered.macro_of,
+        "segment_f1": lambda: heard.segments.macro_of,
+        "segment_f1_micro": lambda: heard.segments.micro_of,
+        "segment_error_rate": lambda: heard.segments.error_rate_of,
+        "frame_mAP": lambda: of_frames(heard.raw, events, frame_seconds),
     }
+    once, numbers = np.ones((len(events), 1), np.float32), {}
     for name, settings in (("psds1", PSDS1), ("psds2", PSDS2)):
         settings = replace(settings, alpha_st=variance_penalty)
-        table = PsdsTable(smoothed, events, seconds, frame_seconds=frame_seconds, settings=settings)
-        statistics[name] = lambda table=table: table.statistic
-    once = np.ones((len(events), 1), np.float32)
-    numbers = {name: float(statistics[name]()(once)[0]) for name in EVENT_METRICS}
-    return numbers | _interval(metric, statistics, numbers, len(events), num_resamples, seed)
+        statistics[name] = lambda settings=settings: (
+            PsdsTable(heard.smoothed, events, seconds, frame_seconds=frame_seconds, settings=settings).statistic
+        )
+    resampled = {}
+    for name in EVENT_METRICS:
+        statistic = statistics[name]()
+        numbers[name] = float(statistic(once)[0])
+        if name == metric and num_resamples:
+            resampled[name] = lambda statistic=statistic: statistic
+    return numbers | _interval(metric, resampled, numbers, len(events), num_resamples, seed)
 
 
 def _multiclass_error(probabilities: NDArray, targets: NDArray, known: NDArray) -> float:
     return classes.multiclass_calibration_error(probabilities, targets)
-
-
-def _frame_map(
-    probabilities: Sequence[NDArray], events: Sequence[Sequence[Event]], seconds: NDArray, frame_seconds: float
-) -> bootstrap.Statistic:
-    """Make a statistic of mAP over all clips' frames; a frame holds a class that sounds anywhere in it."""
-    scores, targets, clips = [], [], []
-    for clip, (of_clip, there, length) in enumerate(zip(probabilities, events, seconds.tolist(), strict=True)):
-        edges = frame_edges(len(of_clip), frame_seconds, length)
-        frames = int((np.diff(edges) > 0).sum())
-        scores.append(of_clip[:frames])
-        targets.append(raster(there, num_frames=frames, frame_seconds=frame_seconds, num_classes=of_clip.shape[1]))
-        clips += [clip] * frames
-    of_frames = bootstrap.of_mean_average_precision(np.concatenate(scores), np.concatenate(targets))
-    return lambda weights: of_frames(weights[clips])
 
 
 def _interval(

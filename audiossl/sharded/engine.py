@@ -17,9 +17,10 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from audiossl.checkpoints.atomic import check_plain, sync_folder, write_atomically
+from audiossl.checkpoints.torchfile import read_safely
 from audiossl.errors import UserError
 from audiossl.indexing.indexfile import sha256_of
-from audiossl.sharded.folders import FORMAT, SEAL, TAG, Written, read_part
+from audiossl.sharded.folders import FORMAT, SEAL, TAG, Written
 
 OBJECTS = ("loss_scaler", "param_slice_mappings")  # of DeepSpeed's classes: a constant 1, and what follows from shapes
 
@@ -61,7 +62,7 @@ class PlainFiles(TorchCheckpointEngine):
             self.problem = f"{Path(path).name}: {reason_of(error)}"
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        part = read_part(Path(path))
+        part = read_safely(Path(path))
         if "optimizer_state_dict" in part:
             part["optimizer_state_dict"]["loss_scaler"] = LossScaler(scale=1.0)
         return part

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from audiossl.checkpoints.torchfile import read_safely
 from audiossl.errors import UserError
 from audiossl.indexing.indexfile import sha256_of
 
@@ -80,13 +81,6 @@ def _objects_in(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def read_part(path: Path) -> dict[str, Any]:
-    """Read one rank's file on the CPU without running code; raise `UserError` that names it."""
-    from audiossl.weights.reading import read_torch_file  # which knows of folders, and so of this module
-
-    return read_torch_file(path)
-
-
 def read_state(folder: str | Path) -> dict[str, Any]:
     """Read the first rank's model file; its entry `run` is what an ordinary checkpoint holds beside the tensors.
 
@@ -98,4 +92,4 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     path = next((folder / TAG / name for name in MODEL_FILES if (folder / TAG / name).exists()), None)
     if path is None:
         raise UserError(f"{folder}: holds no model states")
-    return read_part(path)
+    return read_safely(path)

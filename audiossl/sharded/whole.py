@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audiossl.checkpoints.torchfile import read_safely
 from audiossl.errors import UserError
-from audiossl.sharded.folders import TAG, problem_of, read_part, read_seal, read_state
+from audiossl.sharded.folders import TAG, problem_of, read_seal, read_state
 
 PREFIX = "method."  # of what `Pretraining` trains
 MOMENTS = {1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
@@ -56,7 +57,7 @@ def read_whole(folder: str | Path, *, with_optimizer: bool = False) -> dict[str,
     with only_weights(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         files = deepspeeds.get_model_state_files(str(folder / TAG))
         states = deepspeeds.parse_model_states(files)
-    parts = [read_part(Path(file))["optimizer_state_dict"] for file in _optimizer_files(folder, ranks)]
+    parts = [read_safely(Path(file))["optimizer_state_dict"] for file in _optimizer_files(folder, ranks)]
 
     def join(flat: list[list[Tensor]]) -> dict[str, Tensor]:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -21,14 +21,15 @@ from audiossl.errors import UserError
 from audiossl.finetuning import FineTuning
 from audiossl.labelled.divisions import Division
 from audiossl.pretrained import PretrainedEncoder
-from audiossl.probes.scores import Tested
+from audiossl.probes.scores import Tested, summarise
 from audiossl.running.build import method_from_config
 from audiossl.scoring.events import raster, smooth
+from audiossl.scoring.frames import check_room
 from audiossl.scoring.tally import Tally
 from audiossl.tasks import Task
+from audiossl.tuning.predictions import ARRAYS, Moments, about_fold, write_tested
 from audiossl.tuning.start import check_classes
-from audiossl.tuning.testing import Testing, predict, predicted
-from audiossl.tuning.writing import write_tested
+from audiossl.tuning.testing import Testing, predicted
 from audiossl.weights.export import export_encoder, read_export
 
 log = logging.getLogger(__name__)
@@ -133,43 +134,67 @@ def judge_fold(
     is_windowed = method.frontend.frames is not None or not method.chunk["chunk_frames"]
     how = dict(is_windowed=is_windowed, padding=config["data"]["padding"], of_moments=task.kind == "events")
     step = method.column_seconds if method.level == "frame" else None
-
-    def scored(clips: NDArray[np.int64], what: str, snr_db: float | None = None) -> tuple[NDArray, Any, dict]:
-        logits, bad = predict(method, task, clips, testing, what=what, snr_db=snr_db, **how)
-        if len(bad) == len(clips):
-            clip, reason = next(iter(bad.items()))
-            raise UserError(f"none of the {len(clips)} clips to {what} could be read; {task.keys[clip]}: {reason}")
-        logits = logits if places is None else [one[..., places] for one in logits]
-        read = np.array([clip for clip in clips.tolist() if clip not in bad], np.int64)
-        return read, _probabilities(logits, task), {task.keys[clip]: reason for clip, reason in bad.items()}
-
     name = f" {division.name}" if division.name else ""
     thresholds: float | NDArray = 0.5 if decided is None else decided
     thresholds = thresholds if testing.thresholds == "validation" else float(testing.thresholds)
     validation = division.validation
+    folder.mkdir(parents=True, exist_ok=True)
     if task.kind == "events":
+        _check_room(task, division, step, folder, num_tests=1 + bool(testing.snr_db))
         validation = np.array([clip for clip in validation if task.events[clip] is not None], np.int64)
     if testing.thresholds == "validation" and len(validation) and task.kind != "multiclass":
         heard = predicted(method, task, validation, testing, {}, what=f"thresholds{name}", **how)
         thresholds = _thresholds(task, heard, places, step, testing.median_frames)
-    clips, probabilities, bad = scored(division.test, f"test{name}")
     about = dict(frame_seconds=step, thresholds=thresholds, median_frames=testing.median_frames)
-    tested = Tested(division.name, seed, clips, probabilities, **about, bad_clips=bad)
-    noisy = {}
+
+    def scored(what: str, path: Path | None, snr_db: float | None = None) -> Tested:
+        bad: dict[int, str] = {}
+        heard = predicted(method, task, division.test, testing, bad, what=what, snr_db=snr_db, **how)
+        beside = about_fold(task, division.name, seed, step, testing.median_frames)
+        kept = Moments(len(task.classes), folder, path, beside) if task.kind == "events" else None
+        clips, probabilities = _collected(task, heard, places, kept)
+        _check_heard(task, clips, bad, what)
+        bad_clips = {task.keys[clip]: reason for clip, reason in bad.items()}
+        return Tested(division.name, seed, clips, probabilities, **about, bad_clips=bad_clips)
+
+    tested, noisy = scored(f"test{name}", folder / ARRAYS), {}
     for snr_db in testing.snr_db or ():
-        clips, probabilities, _ = scored(division.test, f"test{name} at {snr_db:g} dB", snr_db)
-        noisy[snr_db] = Tested(division.name, seed, clips, probabilities, **about)
+        with_noise = scored(f"test{name} at {snr_db:g} dB", None, snr_db)
+        noisy[snr_db] = summarise(task, [with_noise], num_resamples=0, folder=folder)["numbers"]
     if not config["evaluate"]:
         _export(method, folder, tested)
     write_tested(folder, task, tested, noisy)
     return tested
 
 
-def _probabilities(logits: list[NDArray], task: Task) -> Any:
-    if task.kind == "events":
-        return [expit(one.astype(np.float64)) for one in logits]
-    stacked = np.stack(logits).astype(np.float64) if logits else np.zeros((0, len(task.classes)))
-    return softmax(stacked, axis=1) if task.kind == "multiclass" else expit(stacked)
+def _check_room(task: Task, division: Division, step: float, folder: Path, *, num_tests: int) -> None:
+    """Raise `UserError` where a fold's disk has no room for what is said of all moments, and to judge it."""
+    seconds = task.seconds[division.test].astype(np.float64)
+    seconds = seconds if task.clip_seconds is None else np.minimum(seconds, task.clip_seconds)
+    num_bytes = 4 * len(task.classes) * float((seconds / step).sum())
+    check_room(folder, int((2 + num_tests) * num_bytes), f"the scores of {len(seconds)} test clips, and to judge them,")
+
+
+def _check_heard(task: Task, clips: NDArray[np.int64], bad: Mapping[int, str], what: str) -> None:
+    if not len(clips):
+        clip, reason = next(iter(bad.items()))
+        raise UserError(f"none of the {len(bad)} clips to {what} could be read; {task.keys[clip]}: {reason}")
+
+
+def _collected(
+    task: Task, heard: Iterable[tuple[int, NDArray[np.float32]]], places: list[int] | None, kept: Moments | None
+) -> tuple[NDArray[np.int64], NDArray | Moments]:
+    """Take in the logits of all clips: whose they are, and their probabilities, or those of moments in `kept`."""
+    clips, found = [], []
+    for clip, logits in heard:
+        logits = logits if places is None else logits[..., places]
+        clips.append(clip)
+        found.append(logits) if kept is None else kept.add(logits)
+    clips = np.array(clips, np.int64)
+    if kept is not None or not found:
+        return clips, kept
+    stacked = np.stack(found).astype(np.float64)
+    return clips, softmax(stacked, axis=1) if task.kind == "multiclass" else expit(stacked)
 
 
 def _thresholds(

@@ -29,10 +29,11 @@ from audiossl.running.ranks import is_first_rank, others_wait
 from audiossl.tasks import Task, load_task
 from audiossl.training import fit as train
 from audiossl.tuning.judging import check_kind, classifier_of, judge_fold
+from audiossl.tuning.predictions import read_tested
 from audiossl.tuning.start import start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
-from audiossl.tuning.writing import read_tested, write_run
+from audiossl.tuning.writing import write_run
 from audiossl.weights.export import load_encoder, parts_of, read_export
 
 log = logging.getLogger(__name__)

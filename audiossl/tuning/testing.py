@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -55,17 +55,6 @@ class Testing:
             raise UserError(f"test.bootstrap={self.bootstrap}: 0 for no intervals, or a number such as 1000")
         if self.thresholds != "validation" and not 0 < float(self.thresholds) < 1:
             raise UserError(f"test.thresholds={self.thresholds}: a probability above 0 and below 1, or validation")
-
-
-def predict(
-    method: FineTuning, task: Task, clips: NDArray[np.int64], settings: Testing, **how: Any
-) -> tuple[list[NDArray[np.float32]], dict[int, str]]:
-    """Score clips as `predicted` does, all at once: the logits of those that could be read, and why others could not.
-
-    Clips are in the order of `clips`.
-    """
-    bad: dict[int, str] = {}
-    return [logits for _, logits in predicted(method, task, clips, settings, bad, **how)], bad
 
 
 @torch.no_grad()

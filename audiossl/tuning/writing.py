@@ -1,8 +1,7 @@
-"""What is left of a fine-tuning: what was said of every test clip, and how good that is?
+"""What is left of a fine-tuning: how good is what was said of the test clips?
 
-A fold leaves its predictions, whole in a file of arrays and readable in a csv (or, of events, as DCASE's tsv). All
-folds together leave `results.json` in the form of a probe's, so that `python -m audiossl compare` sets them side by
-side.
+All folds together, whose predictions are in `tuning/predictions.py`, leave `results.json` in the form of a probe's, so
+that `python -m audiossl compare` sets them side by side.
 """
 
 from __future__ import annotations
@@ -16,12 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from audiossl.config.secrets import mask
 from audiossl.indexing.indexfile import write_whole
@@ -29,7 +25,6 @@ from audiossl.plots import LINE_COLOURS
 from audiossl.probes.pictures import confusion_figure, per_class_figure
 from audiossl.probes.results import markdown_table, plain, with_interval
 from audiossl.probes.scores import Tested, confusion, per_class, summarise
-from audiossl.scoring.events import detect, smooth
 from audiossl.version import __version__
 
 if TYPE_CHECKING:
@@ -38,52 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARRAYS, TABLE, EVENTS = "predictions.safetensors", "predictions.csv", "predictions.tsv"
-NUM_NAMED = 5  # classes a row of predictions.csv
-
-
-def write_tested(folder: Path, task: Task, tested: Tested, noisy: Mapping[float, Tested]) -> None:
-    """Write what a fold's test clips were given: all probabilities, and a table for readers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if task.kind == "events":
-        write_whole(folder / EVENTS, _events_text(task, tested).encode("utf-8", "surrogateescape"))
-    else:
-        write_whole(folder / TABLE, _table_text(task, tested).encode("utf-8", "surrogateescape"))
-    if noisy:
-        curve = {f"{snr_db:g}": _of_one(task, one) for snr_db, one in noisy.items()}
-        write_whole(folder / "noise.json", json.dumps(curve, indent=1).encode())
-    arrays = {name: np.ascontiguousarray(array) for name, array in _arrays_of(tested).items()}  # else saved scrambled
-    about = {"fold": tested.fold, "seed": tested.seed, "frame_seconds": tested.frame_seconds}
-    about |= {"median_frames": tested.median_frames, "classes": task.classes, "task": task.hash}
-    about |= {"bad_clips": dict(tested.bad_clips)}
-    write_whole(folder / ARRAYS, save(arrays, metadata={"audiossl": json.dumps(about)}))  # last: the fold is done
-
-
-def read_tested(folder: Path, fold: str, seed: int) -> Tested | None:
-    """Read what `write_tested` left of a finished fold; None where there is none."""
-    path = folder / ARRAYS
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            about = json.loads(file.metadata()["audiossl"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        log.warning("%s: cannot be read (%s); this fold is tested again", path, error)
-        return None
-    probabilities: Any = arrays["probabilities"]
-    if "ends" in arrays:
-        probabilities = np.split(probabilities, arrays["ends"][:-1])
-    thresholds = arrays["thresholds"] if arrays["thresholds"].ndim else float(arrays["thresholds"])
-    how = {name: about[name] for name in ("frame_seconds", "median_frames", "bad_clips")} | {"thresholds": thresholds}
-    return Tested(fold, seed, arrays["clips"], probabilities, **how)
-
 
 def write_run(
     config: Mapping[str, Any], task: Task, tested: Sequence[Tested], run_dir: Path, testing: Testing
 ) -> dict[str, Any]:
     """Score all folds together; write results.json, .csv, .md and pictures, print the table, and give the results."""
-    summary = summarise(task, tested, num_resamples=testing.bootstrap)
+    summary = summarise(task, tested, num_resamples=testing.bootstrap, folder=run_dir)
     about = {"name": task.name, "kind": task.kind, "metric": task.metric, "classes": task.classes, "hash": task.hash}
     about |= {"clips": len(task), "folds": [division.name for division in task.divisions]}
     about |= {"test_clips": sum(len(division.test) for division in task.divisions), "published": task.published}
@@ -107,53 +62,6 @@ def write_run(
         results = of_training | results | {"scores": of_training.get("scores", {}) | results["scores"]}
     write_whole(path, json.dumps(plain(results), indent=1).encode())
     return results
-
-
-def _of_one(task: Task, one: Tested) -> dict[str, float]:
-    return summarise(task, [one], num_resamples=0)["numbers"]
-
-
-def _arrays_of(tested: Tested) -> dict[str, NDArray]:
-    arrays = {"clips": tested.clips, "thresholds": np.asarray(tested.thresholds, np.float64)}
-    if isinstance(tested.probabilities, list):
-        arrays["ends"] = np.cumsum([len(one) for one in tested.probabilities], dtype=np.int64)
-        return arrays | {"probabilities": np.concatenate(tested.probabilities)}
-    return arrays | {"probabilities": tested.probabilities}  # in float64: rounded ones would tie
-
-
-def _table_text(task: Task, tested: Tested) -> str:
-    """Write a row a clip: its labels, the classes called present, and the most probable ones."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["key", "labels", "predicted", "right", "most_probable"])
-    called = tested.probabilities > np.asarray(tested.thresholds)
-    for number, clip in enumerate(tested.clips.tolist()):
-        row, own = tested.probabilities[number], {task.classes[label] for label in task.labels[clip]}
-        order = np.argsort(-row, kind="stable")
-        said = (
-            [task.classes[order[0]]]
-            if task.kind == "multiclass"
-            else [task.classes[c] for c in order if called[number, c]]
-        )
-        best = ";".join(f"{task.classes[c]} {row[c]:.3f}" for c in order[:NUM_NAMED])
-        writer.writerow([task.keys[clip], ";".join(sorted(own)), ";".join(said), int(set(said) == own), best])
-    return text.getvalue()
-
-
-def _events_text(task: Task, tested: Tested) -> str:
-    """Write the events found, as DCASE does: filename, onset, offset, event_label."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["filename", "onset", "offset", "event_label"])
-    for clip, frames in zip(tested.clips.tolist(), tested.probabilities, strict=True):
-        smoothed = smooth(frames, tested.median_frames)
-        seconds = min(float(task.seconds[clip]), task.clip_seconds or math.inf)
-        how = dict(thresholds=tested.thresholds, frame_seconds=tested.frame_seconds, seconds=seconds)
-        name = f"{unquote(task.keys[clip])}.{task.index.extension(int(task.clips[clip]))}"
-        for event in sorted(detect(smoothed, **how)):
-            onset, offset = f"{event.onset_seconds:.3f}", f"{event.offset_seconds:.3f}"
-            writer.writerow([name, onset, offset, task.classes[event.label_id]])
-    return text.getvalue()
 
 
 def _noise_curve(run_dir: Path, metric: str) -> dict[str, float]:
