@@ -64,9 +64,6 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     if not config["evaluate"]:
         check_kind(config["model"], task)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if is_first_rank():
-        about = yaml.safe_dump(mask(config) | {"task_hash": task.hash}, sort_keys=False)
-        (run_dir / SETTINGS).write_text(about, encoding="utf-8")
     tested = []
     seeds = config["seeds"] or [config["seed"]]
     for seed in seeds:
@@ -75,6 +72,9 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
             if is_first_rank():
                 write_start(config, start, seed, clip_seconds=usual_seconds(task))
         model = load_encoder(start)
+        if is_first_rank() and seed == seeds[0]:  # what cannot start is no run, and its folder can be used again
+            about = yaml.safe_dump(mask(config) | {"task_hash": task.hash}, sort_keys=False)
+            (run_dir / SETTINGS).write_text(about, encoding="utf-8")
         for division in task.divisions:
             parts = [division.name] if len(task.divisions) > 1 else []
             folder = run_dir.joinpath(*parts, *([f"seed{seed}"] if len(seeds) > 1 else []))
