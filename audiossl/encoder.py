@@ -11,11 +11,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import take
+from audiossl.parts.blocks import ViTBlock
 from audiossl.parts.droppath import RowDropPath
 from audiossl.parts.positions import build_positions
 from audiossl.patches import PatchEmbed, grid_of
@@ -170,12 +170,14 @@ class Encoder(nn.Module):
         return (ignored.to(dtype) * PADDED)[:, None, None]
 
 
-def vit_block(width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0, *, qkv_bias: bool = True) -> Block:
+def vit_block(
+    width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0, *, qkv_bias: bool = True
+) -> ViTBlock:
     """Build the pre-norm block that encoder and global decoder share: LN epsilon 1e-6, exact GELU."""
     if width % num_heads:
         raise UserError(f"a width of {width} does not split into {num_heads} heads: change width or num_heads")
     norm = partial(nn.LayerNorm, eps=1e-6)
-    block = Block(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
+    block = ViTBlock(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
     if drop_path:
         block.drop_path1, block.drop_path2 = RowDropPath(drop_path), RowDropPath(drop_path)
     return block

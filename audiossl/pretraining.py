@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from audiossl.batch import Batch
 from audiossl.noise import Noise, mix_seed
 from audiossl.optim import OptimSettings, build_optimizer
+from audiossl.parts.blocks import compiled
 from audiossl.spectrogram import resample, to_float
 
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
@@ -87,7 +88,7 @@ class Pretraining(pl.LightningModule):
         step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix_seed(self.seed, "dropout", step))  # what it drops is shared by all clips of a step
         noise = self.noise_of(step, batch)
-        with noise.of_this_step():
+        with noise.of_this_step(), compiled():
             output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []
@@ -131,7 +132,8 @@ class Pretraining(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = Noise(VALIDATION_SEED, batch_idx, batch.rows, self.batch_size * self.trainer.world_size, self.device)
-        loss = self.method(self.prepare(batch), generator=noise)["loss"]
+        with compiled():
+            loss = self.method(self.prepare(batch), generator=noise)["loss"]
         self.log("val_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

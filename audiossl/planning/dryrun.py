@@ -24,6 +24,7 @@ from audiossl.errors import UserError
 from audiossl.optim import OptimSettings
 from audiossl.planning import memory, table
 from audiossl.planning.balance import balance_of
+from audiossl.parts.blocks import checkpoint_blocks
 from audiossl.planning.cost import Cost, cost_of
 from audiossl.planning.jobs import sbatch_command
 from audiossl.planning.speed import Assumptions, decoding_rate, measure
@@ -77,6 +78,8 @@ def plan_of(config: Mapping[str, Any], program: str = "train.py", overrides: Seq
     vocabulary = data.index.vocabulary if labels or takes_classes(config) else None
     torch.manual_seed(config["seed"])
     method = method_from_config(dict(config), frontend=frontend, vocabulary=vocabulary)
+    if trainer["checkpoint_activations"]:
+        checkpoint_blocks(method)
     crop = crop_samples(config["data"], method, data.rate_hz)
     samples = -(-crop * frontend.rate_hz // data.rate_hz)
     cost = cost_of(method, samples=samples, num_classes=len(vocabulary) if labels else None, half=half)
