@@ -1,4 +1,4 @@
-"""How many clips a second does one core read, decode and cut? `python benchmarks/loader.py`.
+"""How many clips a second does one core read, decode and cut? `python -m benchmarks.loader`.
 
 Ten-second pieces of the demo set are packed as FLAC and as Vorbis at 32 kHz; crops of 2.56 s and whole clips are then
 read through the loader in one process, as one worker would. Prints clips/s and the ratio to the first row, and at the
@@ -8,7 +8,6 @@ end what the look at each clip's tar header costs: clips/s without it and with i
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,14 +16,12 @@ import numpy as np
 import soundfile
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from audiossl.index import Index  # noqa: E402
-from audiossl.pack import Settings, pack  # noqa: E402
-from audiossl.packing import tarfiles  # noqa: E402
-from audiossl.shards import ShardData  # noqa: E402
-from audiossl.sound.audio import decode, resample, to_int16  # noqa: E402
+from audiossl.index import Index
+from audiossl.pack import Settings, pack
+from audiossl.packing import tarfiles
+from audiossl.shards import ShardData
+from audiossl.sound.audio import decode, resample, to_int16
+from benchmarks import ROOT
 
 RATE = 32_000
 ROWS = (  # codec, clip seconds, crop seconds, rate delivered, cache
