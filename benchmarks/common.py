@@ -28,7 +28,6 @@ from audiossl.running.provenance import git_commit
 from benchmarks import ROOT
 
 CLOCKS = ("wall", "cpu")
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,21 @@ def take_turns(
     rounds: int,
     device: str = "cpu",
     warm_up: int = 1,
-    cpu_seconds: Clock = time.process_time,
     bar: tqdm | None = None,
 ) -> dict[str, Turns]:
     """Let the variants take turns; each call does a variant's work and returns how many units that was (None: 1).
 
-    The first `warm_up` rounds do not count. Each round begins with another variant. `cpu_seconds` reads the clock of
-    the CPU; where other processes do the work, `cpu_seconds_with` theirs. `bar` is advanced by one each call.
+    The first `warm_up` rounds do not count. Each round begins with another variant. Seconds of the CPU are those of
+    this process: what others do for it has to be added (`cpu_seconds_of`). `bar` is advanced by one each call.
     """
     names, found = list(variants), {name: Turns() for name in variants}
     for turn in range(-warm_up, rounds):
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
             synchronize(device)
-            wall, cpu = time.perf_counter(), cpu_seconds()
+            wall, cpu = time.perf_counter(), time.process_time()
             count = variants[name]()
             synchronize(device)
-            wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if turn >= 0:
                 found[name].wall.append(wall / (count or 1))
                 found[name].cpu.append(max(cpu, 1e-9) / (count or 1))
@@ -100,18 +98,13 @@ def take_turns(
     return found
 
 
-def cpu_seconds_with(pids: Callable[[], Iterable[int]]) -> Clock:
-    """Make a clock that counts this process and others, such as a loader's workers: they must live on at the end."""
-    tick = os.sysconf("SC_CLK_TCK")
-
-    def seconds() -> float:
-        others = 0
-        for pid in pids():
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            others += int(fields[11]) + int(fields[12])
-        return time.process_time() + others / tick
-
-    return seconds
+def cpu_seconds_of(pids: Iterable[int]) -> float:
+    """Read how much of the CPU other processes, such as a loader's workers, have had; they must be alive."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def synchronize(device: str) -> None:
