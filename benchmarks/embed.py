@@ -1,6 +1,6 @@
 """How much faster are PaSST's timestamp embeddings in batches than one window at a time, as its authors' code has them?
 
-`python benchmarks/embed.py [--device cuda]`. Both ways take turns on the same audio in the same process, so that a busy
+`python -m benchmarks.embed [--device cuda]`. Both ways take turns on the same audio in the same process, so that a busy
 machine slows both: the ratio is the median of the turns, with the lowest and the highest. On a CPU that others use,
 CPU seconds tell more than the clock. --bfloat16 computes the batches in another precision, so its numbers are not the
 same, against float32 one at a time. Writes embed.json and embed.png to --out.
@@ -30,14 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from audiossl.config.settings import instantiate  # noqa: E402
-from audiossl.encoder import Encoder  # noqa: E402
-from audiossl.features.classifier import LinearHead, pool_tokens  # noqa: E402
-from audiossl.features.levels import LevelReader, Levels, free_length  # noqa: E402
-from audiossl.pretrained import PretrainedEncoder  # noqa: E402
+from audiossl.config.settings import instantiate
+from audiossl.encoder import Encoder
+from audiossl.features.classifier import LinearHead, pool_tokens
+from audiossl.features.levels import LevelReader, Levels, free_length
+from audiossl.pretrained import PretrainedEncoder
+from benchmarks import ROOT
 
 RATE, HOP = 32_000, 1600
 

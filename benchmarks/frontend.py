@@ -1,19 +1,20 @@
 """How long do the front ends take, beside torchaudio's Kaldi fbank called clip by clip?
 
 One thread, 32 clips of 2.56 s, the best of several rounds that take turns, so that a busy machine slows all alike.
-Run: python benchmarks/frontend.py [--device cuda]
+Run: python -m benchmarks.frontend [--device cuda]
 """
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchaudio.compliance.kaldi import fbank
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "frontend"
+from benchmarks import ROOT
+
+CONF = ROOT / "conf" / "frontend"
 
 
 def front_end(name: str, device: str):
