@@ -124,7 +124,7 @@ def choose_ways(network: nn.Module, trainer: Mapping[str, Any], accelerator: str
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Let blocks that are to be compiled run so: in training steps, and not for the odd sizes of probes and pictures."""
+    """Let blocks that are to be compiled run so: in training, and not for the odd sizes of probes and pictures."""
     global _compiles
     before, _compiles = _compiles, True
     try:

@@ -77,7 +77,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("offsets", log_offsets(window), persistent=False)
 
     def bias(self, mask: Tensor | None = None) -> Tensor:
-        """Derive what the relative position adds to every logit, and `mask` (windows, W, W): (1 or windows, H, W, W)."""
+        """Derive what position, and `mask` (windows, W, W), add to every logit: (1 or windows, H, W, W)."""
         cells = self.window**2
         bias = self.position_mlp(self.offsets).T.reshape(1, self.num_heads, cells, cells)
         return bias if mask is None else bias + mask[:, None]

@@ -22,9 +22,9 @@ from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.optim import OptimSettings
+from audiossl.parts.blocks import checkpoint_blocks
 from audiossl.planning import memory, table
 from audiossl.planning.balance import balance_of
-from audiossl.parts.blocks import checkpoint_blocks
 from audiossl.planning.cost import Cost, cost_of
 from audiossl.planning.jobs import sbatch_command
 from audiossl.planning.speed import Assumptions, decoding_rate, measure
