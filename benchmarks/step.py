@@ -203,10 +203,15 @@ def count(arguments) -> None:
             method = build(config)
             cost, sizes = _cost(method, torch.bfloat16), sizes_of(method)
             blocks.checkpoint_blocks(method)
+            trained = sum(isinstance(m, blocks.Regional) and m.norm1.weight.requires_grad for m in method.modules())
             again = _cost(method, torch.bfloat16)
             how = dict(devices=1, optim=config["optim"], strategy="auto", is_half=True)
             fixed = sum(memory_of(sizes, cost, batch_size=0, **how, remembered_bytes=remembered_bytes(method)).values())
-            largest = [int((MEMORY_GB * 1e9 - fixed) // each.saved_bytes) for each in (cost, again)]
+            kept = [
+                cost.saved_bytes,
+                again.saved_bytes + cost.saved_bytes // trained,
+            ]  # and one block, while it runs again
+            largest = [int((MEMORY_GB * 1e9 - fixed) // each) for each in kept]
             most = PEAK / cost.flops_training
             stated = METHODS[name][1] if size == "base" else ""
             row = [
