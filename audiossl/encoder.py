@@ -11,11 +11,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from audiossl.errors import UserError
 from audiossl.masking import take
+from audiossl.parts.blocks import ViTBlock
 from audiossl.parts.droppath import RowDropPath
 from audiossl.parts.positions import build_positions
 from audiossl.patches import PatchEmbed, grid_of
@@ -118,10 +118,7 @@ class Encoder(nn.Module):
         `valid` (B, N) bool says which tokens are audio: nothing attends to the others, None for all. `first_column`
         moves the clip along the position table. Returns (B, n + K, D), or (B, n + N, D).
         """
-        tokens, mask = self._sequence(tokens, keep, valid, first_column)
-        for block in self.blocks:
-            tokens = block(tokens, attn_mask=mask)
-        return self.norm(tokens)
+        return self.norm(self._blocks(self._select(tokens, keep, first_column), keep, valid)[-1])
 
     def encode_layers(
         self,
@@ -135,39 +132,52 @@ class Encoder(nn.Module):
     ) -> list[Tensor]:
         """Return what each of the last `num_layers` blocks gives, (B, n + K, D), `normed` with the final norm."""
         assert 1 <= num_layers <= len(self.blocks), f"{num_layers} of {len(self.blocks)} blocks"
-        (tokens, mask), layers = self._sequence(tokens, keep, valid, first_column), []
-        for block in self.blocks:
-            tokens = block(tokens, attn_mask=mask)
-            layers.append(tokens)
-        return [self.norm(layer) if normed else layer for layer in layers[-num_layers:]]
+        layers = self._blocks(self._select(tokens, keep, first_column), keep, valid, num_layers)
+        return [self.norm(layer) if normed else layer for layer in layers]
 
-    def forward(self, spectrogram: Tensor, keep: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
-        return self.encode(self.embed(spectrogram), keep, valid=valid)
+    def forward(
+        self, spectrogram: Tensor, keep: Tensor | None = None, *, valid: Tensor | None = None, first_column: int = 0
+    ) -> Tensor:
+        """Encode (B, 1, F, T) as `encode` does its patches; those that `keep` (B, K) leaves out are not embedded."""
+        if keep is None:
+            return self.encode(self.embed(spectrogram), valid=valid, first_column=first_column)
+        rows, columns = self.grid_for(spectrogram)
+        tokens = self.patch_embed(spectrogram, keep)
+        tokens = self.positions(tokens, first_column, keep=keep, num_cells=rows * columns)
+        return self.norm(self._blocks(tokens, keep, valid)[-1])
 
-    def _sequence(
-        self, tokens: Tensor, keep: Tensor | None, valid: Tensor | None, first_column: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Put together what the blocks see, and what is added to their attention."""
+    def _select(self, tokens: Tensor, keep: Tensor | None, first_column: int) -> Tensor:
         tokens = self.positions(tokens, first_column)
-        if keep is not None:
-            tokens = take(tokens, keep)
-            valid = None if valid is None else valid.gather(1, keep)
+        return tokens if keep is None else take(tokens, keep)
+
+    def _blocks(self, tokens: Tensor, keep: Tensor | None, valid: Tensor | None, num_layers: int = 1) -> list[Tensor]:
+        """Put class tokens before (B, K, D) and give what each of the last blocks makes of it."""
         if self.class_token is not None:
             table = self.positions.class_table  # all zeros in Audio-MAE's published one
             class_token = self.class_token if table is None else self.class_token + table
             tokens = torch.cat([class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        mask, layers = self._mask(valid if keep is None or valid is None else valid.gather(1, keep), tokens.dtype), []
+        for block in self.blocks:
+            tokens = block(tokens, attn_mask=mask)
+            layers = [*layers, tokens][-num_layers:]
+        return layers
+
+    def _mask(self, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Say what is added to the attention to every token: (B, 1, 1, n + K)."""
         if valid is None:
-            return tokens, None
+            return None
         ignored = torch.nn.functional.pad(~valid, (self.num_class_tokens, 0), value=False)
-        return tokens, (ignored.to(tokens.dtype) * PADDED)[:, None, None]
+        return (ignored.to(dtype) * PADDED)[:, None, None]
 
 
-def vit_block(width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0, *, qkv_bias: bool = True) -> Block:
+def vit_block(
+    width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0, *, qkv_bias: bool = True
+) -> ViTBlock:
     """Build the pre-norm block that encoder and global decoder share: LN epsilon 1e-6, exact GELU."""
     if width % num_heads:
         raise UserError(f"a width of {width} does not split into {num_heads} heads: change width or num_heads")
     norm = partial(nn.LayerNorm, eps=1e-6)
-    block = Block(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
+    block = ViTBlock(width, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
     if drop_path:
         block.drop_path1, block.drop_path2 = RowDropPath(drop_path), RowDropPath(drop_path)
     return block

@@ -78,7 +78,8 @@ def mask_to_keep(mask: Tensor) -> Tensor:
 
 def hidden(keep: Tensor, num_patches: int) -> Tensor:
     """List what `keep` (B, K) leaves out: (B, N - K) int64 ascending."""
-    return keep_to_mask(keep, num_patches).nonzero()[:, 1].reshape(len(keep), num_patches - keep.shape[1])
+    mask = keep_to_mask(keep, num_patches)  # sorted, since asking a GPU for a mask's places makes the host wait
+    return mask.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - keep.shape[1]]
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:

@@ -50,6 +50,13 @@ def patchify(spectrogram: Tensor, patch: tuple[int, int], stride: tuple[int, int
     return rearrange(cells, "b 1 row column f t -> b (row column) (f t)")
 
 
+def patches_at(spectrogram: Tensor, keep: Tensor, patch: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Cut only the patches at keep (B, K) out of (B, 1, F, T): (B, K, P), as `patchify` numbers and orders them."""
+    cells = spectrogram[:, 0].unfold(1, patch[0], stride[0]).unfold(2, patch[1], stride[1])  # a view: nothing is copied
+    clips = torch.arange(len(keep), device=keep.device)[:, None]
+    return cells[clips, keep // cells.shape[2], keep % cells.shape[2]].flatten(2)
+
+
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """Lay patches (B, N, P) out as (B, 1, F, T); where patches overlap, average them.
 
@@ -99,7 +106,10 @@ def spread_from_visible(visible: Tensor, keep: Tensor, grid: tuple[int, int]) ->
 
 
 class PatchEmbed(nn.Module):
-    """Project every patch to a token: (B, 1, F, T) -> (B, N, D), N = row * columns + column."""
+    """Project every patch to a token: (B, 1, F, T) -> (B, N, D), N = row * columns + column.
+
+    With keep (B, K) those patches alone, (B, K, D): what patchout and masking leave out is not computed.
+    """
 
     def __init__(self, *, patch: tuple[int, int], stride: tuple[int, int], width: int):
         super().__init__()
@@ -107,5 +117,8 @@ class PatchEmbed(nn.Module):
         # the published start: as if the convolution were the Linear that it is; its bias keeps PyTorch's
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        return rearrange(self.proj(spectrogram), "b d row column -> b (row column) d")
+    def forward(self, spectrogram: Tensor, keep: Tensor | None = None) -> Tensor:
+        if keep is None:
+            return rearrange(self.proj(spectrogram), "b d row column -> b (row column) d")
+        patches = patches_at(spectrogram, keep, self.proj.kernel_size, self.proj.stride)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from audiossl.batch import Batch
 from audiossl.noise import Noise, mix_seed
 from audiossl.optim import OptimSettings, build_optimizer
+from audiossl.parts.blocks import compiled
 from audiossl.spectrogram import resample, to_float
 
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
@@ -87,7 +88,7 @@ class Pretraining(pl.LightningModule):
         step, micro = self.global_step, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix_seed(self.seed, "dropout", step))  # what it drops is shared by all clips of a step
         noise = self.noise_of(step, batch)
-        with noise.of_this_step():
+        with noise.of_this_step(), compiled():
             output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []
@@ -131,14 +132,28 @@ class Pretraining(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = Noise(VALIDATION_SEED, batch_idx, batch.rows, self.batch_size * self.trainer.world_size, self.device)
-        loss = self.method(self.prepare(batch), generator=noise)["loss"]
+        with compiled():
+            loss = self.method(self.prepare(batch), generator=noise)["loss"]
         self.log("val_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Lightning refuses to clip behind a fused optimiser, and a gradient scaler would not unscale before our look
-        allow_fused = not self.trainer.gradient_clip_val and self._scaler is None
+        allow_fused = self._scaler is None  # which would not unscale before our look
         peak = self.optim.peak_lr(self.global_batch_size)
         return build_optimizer(self.method, self.optim, lr=peak, allow_fused=allow_fused)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by hand: Lightning refuses to behind a fused optimiser, for the sake of a scaler that is not there."""
+        how = dict(gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+        if self._scaler is not None or self._is_sharded:
+            return self.clip_gradients(optimizer, **how)
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip = (
+                torch.nn.utils.clip_grad_value_
+                if gradient_clip_algorithm == "value"
+                else torch.nn.utils.clip_grad_norm_
+            )
+            clip(parameters, gradient_clip_val)
 
     @property
     def _scaler(self):

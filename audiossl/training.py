@@ -30,6 +30,7 @@ from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.loading.ledger import Accounts
 from audiossl.optim import OptimSettings
+from audiossl.parts.blocks import choose_ways
 from audiossl.parts.memory import Memory
 from audiossl.pretraining import Pretraining
 from audiossl.probes.intraining import Probe, ProbeCallback
@@ -76,6 +77,7 @@ def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], N
     layout = layout_of(config["trainer"], gpus_per_node=config.get("assume", {}).get("gpus_per_node", 8))
     data, method, vocabulary = _build(config, run_dir)
     (prepare or _as_it_is)(method)
+    choose_ways(method, config["trainer"], layout.accelerator)
     global_batch = _global_batch(config, data, layout)
     max_steps = max_steps_of(config["trainer"], data.clips_per_epoch, global_batch)
     optim = warmed_up(OptimSettings(**config["optim"]), data.clips_per_epoch / global_batch, max_steps)

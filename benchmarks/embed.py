@@ -1,6 +1,6 @@
 """How much faster are PaSST's timestamp embeddings in batches than one window at a time, as its authors' code has them?
 
-`python benchmarks/embed.py [--device cuda]`. Both ways take turns on the same audio in the same process, so that a busy
+`python -m benchmarks.embed [--device cuda]`. Both ways take turns on the same audio in the same process, so that a busy
 machine slows both: the ratio is the median of the turns, with the lowest and the highest. On a CPU that others use,
 CPU seconds tell more than the clock. --bfloat16 computes the batches in another precision, so its numbers are not the
 same, against float32 one at a time. Writes embed.json and embed.png to --out.
@@ -15,7 +15,6 @@ yet. With more threads than free cores the windows alone wait for their threads,
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,14 +29,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from audiossl.config.settings import instantiate  # noqa: E402
-from audiossl.encoder import Encoder  # noqa: E402
-from audiossl.features.classifier import LinearHead, pool_tokens  # noqa: E402
-from audiossl.features.levels import LevelReader, Levels, free_length  # noqa: E402
-from audiossl.pretrained import PretrainedEncoder  # noqa: E402
+from audiossl.config.settings import instantiate
+from audiossl.encoder import Encoder
+from audiossl.features.classifier import LinearHead, pool_tokens
+from audiossl.features.levels import LevelReader, Levels, free_length
+from audiossl.pretrained import PretrainedEncoder
+from benchmarks import ROOT
+from benchmarks.common import machine_of, parser_of, prepared, write_json
 
 RATE, HOP = 32_000, 1600
 
@@ -78,6 +76,7 @@ def compare(size: str, window_ms: int, at_once: int, arguments: argparse.Namespa
     model = passt(size).to(device).eval()
     reader = LevelReader(model, Levels((window_ms,)), "all", batch_seconds=at_once * window_ms / 1000).to(device)
     moments = 16 if size == "base" and device == "cpu" else 64  # alone, each takes the same time
+    moments = 4 if arguments.quick else moments
     audio = torch.randn(1, max(at_once, moments) * HOP - 1, device=device) * 0.1
     few = audio[:, : moments * HOP - 1]
     half = torch.autocast(device, torch.bfloat16) if arguments.bfloat16 else nullcontext()
@@ -123,19 +122,16 @@ def picture_of(found: list[dict], clock: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "embed", help="where embed.json and embed.png go")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
+def main(argv: list[str] | None = None) -> None:
+    """Compare the two ways, case by case."""
+    parser = parser_of("embed", __doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", default=["base", "tiny"], help="of conf/size; PaSST's is base")
     parser.add_argument("--windows-ms", nargs="+", type=int, default=[160, 640])
     parser.add_argument("--at-once", nargs="+", type=int, default=[1, 4, 16, 64], help="windows")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that count (%(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="batches in bfloat16, against float32 one at a time")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = prepared(parser, argv)
+    if arguments.quick:
+        arguments.sizes, arguments.windows_ms, arguments.at_once = ["tiny"], [160], [4]
     cases = [(s, w, n) for s in arguments.sizes for w in arguments.windows_ms for n in arguments.at_once]
     found, clock = [], "wall" if arguments.device == "cuda" else "cpu"
     print("size   window  at once   alone, ms   batched, ms   ratio (lowest .. highest)   by CPU time")
@@ -148,19 +144,10 @@ def main() -> None:
             times = f"{row['alone_wall_ms']:10.2f}{row['batched_wall_ms']:14.2f}"
             tqdm.write(f"{case[0]:6}{case[1]:5} ms{case[2]:8}  {times}   {wall}{cpu}", file=sys.stdout)
             found.append(row)
-    said = dict(torch=torch.__version__, device=device_name(arguments.device), threads=arguments.threads)
-    said |= dict(bfloat16=arguments.bfloat16, rows=found)
-    (arguments.out / "embed.json").write_text(json.dumps(said, indent=1) + "\n")
+            said = machine_of(arguments) | dict(bfloat16=arguments.bfloat16, rows=found)
+            write_json(said, arguments.out / "embed.json")
     picture_of(found, clock, arguments.out / "embed.png")
     print(f"{arguments.out}/embed.json, embed.png")
-
-
-def device_name(device: str) -> str:
-    """Name the processor that was measured."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 if __name__ == "__main__":

@@ -1,58 +1,91 @@
-"""How long do the front ends take, beside torchaudio's Kaldi fbank called clip by clip?
+"""How long do the front ends take, beside torchaudio's Kaldi fbank called clip by clip, and which share of a step?
 
-One thread, 32 clips of 2.56 s, the best of several rounds that take turns, so that a busy machine slows all alike.
-Run: python benchmarks/frontend.py [--device cuda]
+`python -m benchmarks.frontend [--device cuda]`. All take turns on the same clips (random numbers, float32), in batches;
+torchaudio's loop is what published repositories run, there in workers on the CPU. The share of a step is that of
+--step-clips-per-second: what the front end takes of the time that such a step has for a clip. The goals on an H200 are
+30,000 clips of ten seconds a second, and 3 % of a step at 1,500.
 """
 
-import argparse
-import time
-from pathlib import Path
+from __future__ import annotations
 
 import torch
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torchaudio.compliance.kaldi import fbank
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "frontend"
+from benchmarks import ROOT
+from benchmarks.common import Report, parser_of, prepared, progress, take_turns
+
+LOOP = "torchaudio kaldi.fbank, looped"
+NAMES = ("kaldi_fbank", "atst_mel", "passt_mel")
 
 
 def front_end(name: str, device: str):
-    """Build a published setting for clips of 2.56 s (the frames of ATST's centred windows are one more)."""
-    config = OmegaConf.create({"frontend": OmegaConf.load(CONF / f"{name}.yaml"), "data": {"mean": -4.27, "std": 4.57}})
+    """Build a published setting for clips of any length."""
+    config = OmegaConf.create({"data": {"mean": -4.27, "std": 4.57}})
+    config.frontend = OmegaConf.load(ROOT / "conf" / "frontend" / f"{name}.yaml")
     config.frontend.seconds = None
     return instantiate(config.frontend).to(device)
 
 
 def torchaudio_loop(clips: torch.Tensor) -> torch.Tensor:
+    """Compute the log-mel of clips (B, S) one after the other."""
     options = dict(htk_compat=True, use_energy=False, window_type="hanning", num_mel_bins=128, sample_frequency=16000)
     return torch.stack([fbank((clip - clip.mean())[None], **options) for clip in clips])
 
 
-def seconds_taken(work, clips: torch.Tensor) -> float:
-    started = time.perf_counter()
-    work(clips)
-    if clips.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def main(argv: list[str] | None = None) -> None:
+    """Measure clips a second of each front end at two lengths, and the ratio to torchaudio's loop."""
+    parser = parser_of("frontend", __doc__, rounds=9)
+    parser.add_argument("--batch", type=int, default=None, help="clips (cpu 32, cuda 512)")
+    parser.add_argument("--step-clips-per-second", type=float, default=1500.0, help="for the share (%(default)s)")
+    arguments = prepared(parser, argv)
+    device, is_gpu = arguments.device, arguments.device.startswith("cuda")
+    batch = arguments.batch or (4 if arguments.quick else 512 if is_gpu else 32)
+    lengths = (0.5,) if arguments.quick else (2.56, 10.0)
+    report = Report(arguments, {"front end": 32, "s": 5, "clips/s": 24, "ratio": 22, "of a step": 9})
+    works = {LOOP: (torchaudio_loop, 16_000)}
+    works |= {name: (work, work.rate_hz) for name in NAMES for work in [front_end(name, device)]}
+    with progress(len(lengths) * len(works) * (arguments.rounds + 3)) as bar, torch.no_grad():
+        for seconds in lengths:
+            clips = {rate: torch.rand(batch, int(seconds * rate), device=device) - 0.5 for rate in (16_000, 32_000)}
+
+            def way(work, clips: torch.Tensor, repeats: int):
+                def run() -> int:
+                    for _ in range(repeats):
+                        work(clips)
+                    return repeats * len(clips)
+
+                return run
+
+            ways = {
+                name: way(work, clips[rate], 8 if is_gpu and name != LOOP else 1)
+                for name, (work, rate) in works.items()
+            }
+            turns = take_turns(ways, rounds=arguments.rounds, device=device, warm_up=3, bar=bar)
+            for name, found in turns.items():
+                ratio, rate = found.times_as_fast_as(turns[LOOP]), found.rate()
+                share = f"{arguments.step_clips_per_second / rate.median:.1%}" if is_gpu else ""
+                cells = [name, f"{seconds:g}", f"{rate:.0f}", f"{ratio:.1f}", share]
+                facts = dict(clips_per_second=rate, cpu=found.rate("cpu"), ratio=ratio)
+                report.row(cells, name=name, seconds=seconds, batch=batch, **facts)
+    report.draw(lambda figure: picture_of(report.rows, figure))
 
 
-def main() -> None:
-    """Print one line per front end: ms per batch, clips per second, speed relative to torchaudio's loop."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
-    torch.set_num_threads(1)
-    works = {"torchaudio kaldi.fbank, looped": (torchaudio_loop, 16000)}
-    works |= {n: (f, f.rate_hz) for n in ("kaldi_fbank", "atst_mel", "passt_mel") for f in [front_end(n, device)]}
-    clips = {rate: torch.rand(32, int(2.56 * rate), device=device) - 0.5 for rate in (16000, 32000)}
-    best = {name: min(seconds_taken(work, clips[rate]) for _ in range(3)) for name, (work, rate) in works.items()}
-    for _ in range(15):
-        for name, (work, rate) in works.items():
-            best[name] = min(best[name], seconds_taken(work, clips[rate]))
-    baseline = best["torchaudio kaldi.fbank, looped"]
-    print(f"{'front end':32}{'ms':>8}{'clips/s':>9}{'ratio':>7}")
-    for name, taken in best.items():
-        print(f"{name:32}{taken * 1e3:8.1f}{32 / taken:9.0f}{baseline / taken:7.2f}")
+def picture_of(rows: list[dict], figure: Figure) -> None:
+    """Draw how many times as fast as torchaudio's loop each is."""
+    axes = figure.subplots()
+    shown = [row for row in rows if row["name"] != LOOP]
+    middles = [row["ratio"].median for row in shown]
+    ends = [
+        [row["ratio"].median - row["ratio"].low for row in shown],
+        [row["ratio"].high - row["ratio"].median for row in shown],
+    ]
+    axes.barh([f"{row['name']}, {row['seconds']:g} s" for row in shown], middles, xerr=ends, capsize=3, color="C0")
+    axes.axvline(1, color="0.6", linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as torchaudio's Kaldi fbank, clip by clip")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What does each method learn from the same clips? `python benchmarks/methods.py --probe SHARDS`.
+"""What does each method learn from the same clips? `python -m benchmarks.methods --probe SHARDS`.
 
 Trains every method by `python train.py model=...` on the demo audio for equally many clips, each from several seeds,
 and prints parameters, tokens, FLOPs, clips/s and steps, and how a frozen encoder scores (kNN, linear) on labelled
@@ -6,8 +6,8 @@ shards with folds, beside the same encoder untrained and the statistics of the l
 have rows of their own: of the labelled clips they see fewer, more often. Writes methods.json, methods.md and
 methods.png; a run that was stopped goes on where it was, and one that is finished is only read.
 
-    python benchmarks/methods.py --probe demo/shards                             the demo's own 60 test clips
-    python -m audiossl pack ESC10 --out esc10 --codec keep && python benchmarks/methods.py --probe esc10 --seeds 0 1
+    python -m benchmarks.methods --probe demo/shards                             the demo's own 60 test clips
+    python -m audiossl pack ESC10 --out esc10 --codec keep && python -m benchmarks.methods --probe esc10 --seeds 0 1
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import ROOT
 
 NAMES = {
     "audiomae": "Audio-MAE",

@@ -1,4 +1,4 @@
-"""How long does a rank of an AudioSet-size run take to start or resume? `python benchmarks/order.py`.
+"""How long does a rank of an AudioSet-size run take to start or resume? `python -m benchmarks.order`.
 
 A synthetic index of two million clips (their shards are holes: nothing is decoded) is opened in a fresh process once
 per way of drawing clips, and the stream is entered at 90 % of the second epoch. Prints the seconds until the index is
@@ -21,8 +21,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import ROOT
 
 NUM_LABELS = 527
 MODES = {
@@ -116,15 +115,15 @@ def main() -> None:
         print(json.dumps(measure(args.folder, args.clips, json.loads(args.measure[0]))))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or temporary
+        folder = str(Path(args.folder or temporary).resolve())
         for name, num_clips in (("all", args.clips), ("a", args.clips // 4), ("b", args.clips - args.clips // 4)):
             if not Path(folder, name).exists():
                 write_corpus(Path(folder, name), num_clips)
         print(f"{'way of drawing':<22}{'open s':>8}{'resume s':>10}{'peak GB':>9}{'data GB':>9}")
         for name, changes in MODES.items():
-            command = [sys.executable, __file__, "--clips", f"{args.clips}", "--folder", folder]
+            command = [sys.executable, "-m", "benchmarks.order", "--clips", f"{args.clips}", "--folder", folder]
             command += ["--measure", json.dumps(changes)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
             print(
                 f"{name:<22}{found['open']:8.1f}{found['resume']:10.1f}{found['peak']:9.2f}{found['data']:9.2f}",
                 flush=True,

@@ -1,4 +1,4 @@
-"""How many clips a second does one core pack, and how long does AudioSet take? `python benchmarks/pack.py`.
+"""How many clips a second does one core pack, and how long does AudioSet take? `python -m benchmarks.pack`.
 
 Ten-second pieces of the demo set, stereo as YouTube has them, are written in the forms that AudioSet lies on disks in
 and packed by `audiossl.pack.pack` with one worker into mono FLAC at 32 kHz: reading, decoding, resampling, encoding,
@@ -14,7 +14,6 @@ import argparse
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,12 +21,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from audiossl.index import Index  # noqa: E402
-from audiossl.pack import Settings, pack  # noqa: E402
-from audiossl.sound.audio import decode, resample, to_int16  # noqa: E402
+from audiossl.index import Index
+from audiossl.pack import Settings, pack
+from audiossl.sound.audio import decode, resample, to_int16
+from benchmarks import ROOT
 
 SECONDS = 10
 NUM_SEGMENTS = 2_041_789 + 22_160 + 20_371  # unbalanced, balanced, eval, as their csv files announce

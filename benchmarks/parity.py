@@ -1,4 +1,4 @@
-"""Do published checkpoints, imported, give the published numbers? `python benchmarks/parity.py --golden DIR`.
+"""Do published checkpoints, imported, give the published numbers? `python -m benchmarks.parity --golden DIR`.
 
 Every checkpoint of the golden cases goes the way of a user's: `audiossl import` into a folder, `audiossl.load` out of
 it. What the loaded encoder, its front end and its classifier give is compared with what the authors' code gave, within
@@ -27,27 +27,25 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, layer_norm
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import audiossl  # noqa: E402
-from audiossl.__main__ import main as run  # noqa: E402
-from audiossl.features.chunks import (  # noqa: E402
+import audiossl
+from audiossl.__main__ import main as run
+from audiossl.features.chunks import (
     class_token_over_blocks,
     clip_features_in_chunks,
     frame_features_in_chunks,
     valid_tokens,
 )
-from audiossl.features.classifier import pool_tokens  # noqa: E402
-from audiossl.features.events import frame_loss, frame_probabilities  # noqa: E402
-from audiossl.features.timestamps import frame_features, scene_embedding, timestamp_embedding  # noqa: E402
-from audiossl.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, reader_of  # noqa: E402
-from audiossl.masking import keep_cells  # noqa: E402
-from audiossl.patches import grid_of  # noqa: E402
-from audiossl.pretrained import PretrainedEncoder  # noqa: E402
-from audiossl.scoring.pooling import attention_pool, class_attention  # noqa: E402
-from audiossl.spectrogram import to_float  # noqa: E402
-from audiossl.weights.reading import read_torch_file  # noqa: E402
+from audiossl.features.classifier import pool_tokens
+from audiossl.features.events import frame_loss, frame_probabilities
+from audiossl.features.timestamps import frame_features, scene_embedding, timestamp_embedding
+from audiossl.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, reader_of
+from audiossl.masking import keep_cells
+from audiossl.patches import grid_of
+from audiossl.pretrained import PretrainedEncoder
+from audiossl.scoring.pooling import attention_pool, class_attention
+from audiossl.spectrogram import to_float
+from audiossl.weights.reading import read_torch_file
+from benchmarks import ROOT
 
 PATTERNS = ("mae_pt_*", "mae_ft_*", "mae_import_pretrained*", "atst_clip_*", "atst_frame_*", "atst_c2f_*", "passt_*")
 UNSTATED = 1e-5
@@ -419,7 +417,7 @@ def write_page(results: list[Result], path: Path) -> None:
     path.write_text(
         f"""# Do published checkpoints give the published numbers?
 
-Written by `python benchmarks/parity.py`. Each checkpoint of the golden cases (the authors' code and file layouts, small
+Written by `python -m benchmarks.parity`. Each checkpoint of the golden cases (the authors' code and file layouts, small
 random weights) goes through `python -m audiossl import` and `audiossl.load`; what encoder, front end and classifier
 then give is compared with what the authors' code gave: evaluation features, logits, forward passes with their masks
 and kept patches, fine-tuned and frame-level classifiers, interpolated positions, HEAR. The bound is ten times

@@ -1,4 +1,4 @@
-"""What does it bring to have a small corpus lie on the device? `python benchmarks/resident.py [--workers 2]`.
+"""What does it bring to have a small corpus lie on the device? `python -m benchmarks.resident [--workers 2]`.
 
 The demo set is packed as ten-second FLAC clips at 32 kHz. The same batches of 2.56 s crops are then asked of the
 workers' loader, without a cache and with one that is full, and of the resident one: clips/s of the loader alone, and of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,16 +16,13 @@ from pathlib import Path
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from loader import RATE, write_clips  # noqa: E402
-
-from audiossl.config.settings import instantiate  # noqa: E402
-from audiossl.noise import Noise  # noqa: E402
-from audiossl.pack import Settings, pack  # noqa: E402
-from audiossl.running.build import method_from_config  # noqa: E402
-from audiossl.shards import ShardData  # noqa: E402
+from audiossl.config.settings import instantiate
+from audiossl.noise import Noise
+from audiossl.pack import Settings, pack
+from audiossl.running.build import method_from_config
+from audiossl.shards import ShardData
+from benchmarks import ROOT
+from benchmarks.loader import RATE, write_clips
 
 BATCH = 32
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What does it cost to ask something of two million clips? `python benchmarks/tasks.py [--clips N]`
+"""What does it cost to ask something of two million clips? `python -m benchmarks.tasks [--clips N]`
 
 Writes an index as large as AudioSet's (527 classes, about two labels a clip; no audio), loads it, then loads it as a
 task and writes the index of its training, and prints the seconds and the peak of the process's memory after each.
@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS, FORMAT, RAGGED
 from audiossl.tasks import load_task
+from benchmarks import ROOT
 
-ROOT = Path(__file__).parents[1]
 BYTES, SHARD_CLIPS, NUM_CLASSES, NUM_TEST = 200_000, 5_000, 527, 20_000
 
 
@@ -98,7 +98,8 @@ def _again(folder: str, num_clips: int) -> int:
     """Measure in a process that has not written the index."""
     import subprocess
 
-    return subprocess.run([sys.executable, __file__, "--clips", str(num_clips), "--folder", folder]).returncode
+    command = [sys.executable, "-m", "benchmarks.tasks", "--clips", str(num_clips), "--folder", folder]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Checkpoints as their authors write them, made of golden tensors, for the tests of the import."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -13,15 +11,6 @@ from conftest import ROOT, SHARED, golden_cases
 import audiossl
 from audiossl.__main__ import main
 from audiossl.weights.reading import read_torch_file
-
-
-def load_benchmark(name: str):
-    """Load a file of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def cases_with_weights(patterns: tuple[str, ...]) -> list[Path]:

@@ -11,13 +11,12 @@ import torch
 import yaml
 from commands import environment
 from conftest import ROOT
-from imports import atst_head, cases_with_weights, imported, load_benchmark, official, renamed, run, under
+from imports import atst_head, cases_with_weights, imported, official, renamed, run, under
 from safetensors.torch import save_file
 
 import audiossl
 from audiossl.weights import published
-
-parity = load_benchmark("parity")
+from benchmarks import parity
 
 
 @pytest.mark.parametrize("folder", cases_with_weights(parity.PATTERNS))
@@ -32,7 +31,7 @@ def test_the_parity_command_prints_a_table_and_fails_where_a_number_is_off(tmp_p
     folder.mkdir(parents=True)
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), "--golden", str(tmp_path / "golden")]
+    command = [sys.executable, "-m", "benchmarks.parity", "--golden", str(tmp_path / "golden")]
     kind = dict(env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
     done = subprocess.run([*command, "--page", str(tmp_path / "page.md")], **kind)
     assert done.returncode == 0 and "passt_s16_short_mixed" in done.stdout, done.stdout + done.stderr

@@ -135,3 +135,10 @@ def test_a_wrong_setting_is_named(arguments, said):
 def test_a_ratio_that_keeps_nothing_is_refused():
     with pytest.raises(UserError, match="model.mask_ratio=0.9 .* keeps none of 8 x 64"):
         Masking("frequency", 0.9, None, None).keep(Noise.for_batch(0, 0, 2), GRID)
+
+
+def test_what_is_hidden_is_listed_in_order_without_asking_how_much_it_is():
+    keep = torch.stack([torch.randperm(40)[:9].sort().values for _ in range(3)])
+    for row, gaps in zip(keep, hidden(keep, 40), strict=True):
+        assert gaps.tolist() == [cell for cell in range(40) if cell not in row.tolist()]
+    assert hidden(torch.arange(5).expand(2, -1), 5).shape == (2, 0)

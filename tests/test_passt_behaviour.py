@@ -109,8 +109,8 @@ def test_a_clips_loss_does_not_depend_on_who_shares_its_batch():
 
 def test_a_short_clip_takes_any_stretch_of_the_positions_in_training_and_the_first_in_evaluation(monkeypatch):
     model, seen = passt(**PLAIN, position_frames=306), []
-    whole = model.encoder.encode
-    monkeypatch.setattr(model.encoder, "encode", lambda *a, first_column: seen.append(first_column) or whole(*a))
+    whole = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda *a, first_column: seen.append(first_column) or whole(*a))
     for step in range(60):
         run(model, spectrograms(), step)
     assert set(seen) == set(range(6))  # 30 columns of positions, 25 of the clip

@@ -205,3 +205,20 @@ def test_a_step_whose_clips_are_all_unreadable_moves_on_with_micro_batches_too()
     batches = torch.utils.data.DataLoader([nothing, nothing], batch_size=None)
     pl.Trainer(max_steps=1, accumulate_grad_batches=2, **QUIET).fit(module, batches)
     assert module.trainer.global_step == 1 and all(p.isfinite().all() for p in module.method.parameters())
+
+
+@pytest.mark.parametrize("precision, algorithm", [("32-true", "norm"), ("bf16-mixed", "norm"), ("bf16-mixed", "value")])
+def test_gradients_are_clipped_behind_a_fused_optimiser_too(precision, algorithm):
+    """Lightning would refuse the fused one under mixed precision; on GPUs it is what `build_optimizer` gives."""
+    weights, data = {}, demo_data()
+    for is_fused in (False, True):
+        module = module_for(data, 2)
+        optimizer = torch.optim.AdamW(module.method.parameters(), lr=1e-3, eps=1e-3, fused=is_fused)
+        module.configure_optimizers = lambda optimizer=optimizer: optimizer
+        how = dict(gradient_clip_val=1e-4, gradient_clip_algorithm=algorithm, precision=precision)
+        pl.Trainer(max_steps=2, **how, **QUIET).fit(module, loader(data, 2))
+        largest = max(float(p.grad.abs().max()) for p in module.method.parameters() if p.grad is not None)
+        assert largest <= 1.001e-4
+        weights[is_fused] = module.method.state_dict()
+    for name, value in weights[False].items():
+        torch.testing.assert_close(weights[True][name], value, rtol=1e-4, atol=1e-6, msg=name)

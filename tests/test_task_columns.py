@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
-from imports import load_benchmark
 
 from audiossl.index import Index
 from audiossl.labelled.columns import Ragged
 from audiossl.tasks import load_task
+from benchmarks.tasks import write_synthetic
 
 FOLDER = yaml.safe_load((ROOT / "conf" / "task" / "folder.yaml").read_text()) | {"root": None, "kind": "multilabel"}
 NUM_CLIPS = 40_000
@@ -19,7 +19,7 @@ NUM_CLIPS = 40_000
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    load_benchmark("tasks").write_synthetic(folder, NUM_CLIPS)
+    write_synthetic(folder, NUM_CLIPS)
     return folder
 
 

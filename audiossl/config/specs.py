@@ -73,6 +73,8 @@ PRETRAIN = Spec(
         "trainer.precision": "| Literal['auto']",
         "trainer.timeout_seconds": "float",
         "trainer.startup_timeout_seconds": "float",
+        "trainer.compile": "bool",
+        "trainer.checkpoint_activations": "bool",
         "probe.shards": "| None",
     },
     checks=(check_pretraining, check_global_batch, check_sharding),

@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.data import default_collate
 
 from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.loading.shardfiles import ShardFiles
 from audiossl.packing.tarfiles import read_member
 from audiossl.remote.location import RemoteShard
-from audiossl.sound.audio import AudioError, decode, probe, resample, to_int16
+from audiossl.sound.audio import AudioError, decode_int16, probe, resample, to_int16
 
 Padding = Literal["cyclic", "zeros"]
 Samples = np.ndarray | torch.Tensor  # int16
@@ -36,6 +37,7 @@ class ClipRequest(NamedTuple):
     """Say where a clip lies and which crop of it is wanted; `draw` is a 63-bit random number, None for the centre."""
 
     row: int
+    clip: int  # its number in the index
     draw: int | None
     key: str
     member: str  # its name in the tar
@@ -108,7 +110,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self._shards = ShardFiles(self.remote)
         self._cache: dict[tuple[str, int], Samples] = dict(self.resident)
         self._room = self.cache_bytes
-        self._complete: set[tuple[str, int]] = set()  # clips whose end proved to be there
+        self._complete = bytearray()  # 1 for each clip of the index whose end proved to be there
 
     def _crop(self, request: ClipRequest) -> tuple[Samples, int, float]:
         available = request.num_frames
@@ -145,10 +147,15 @@ class ClipDataset(torch.utils.data.Dataset):
             self._room -= whole.nbytes
             return whole[start : start + wanted]
         waveform = _piece(data, start, wanted, request)
-        if place not in self._complete:
+        if start + wanted < request.num_frames and not self._is_complete(request.clip):
             _refuse_cut(data, request)
-            self._complete.add(place)
+            self._complete[request.clip] = True
         return waveform
+
+    def _is_complete(self, clip: int) -> bool:
+        if clip >= len(self._complete):
+            self._complete.extend(bytes(clip + 1 - len(self._complete)))
+        return bool(self._complete[clip])
 
     def data_of(self, request: ClipRequest) -> bytes:
         """Read a clip's bytes together with the tar header before them, which has to bear the clip's name."""
@@ -199,10 +206,10 @@ def _refuse_cut(data: bytes, request: ClipRequest) -> None:
 
 
 def _decoded(data: bytes, start: int, num_frames: int, request: ClipRequest) -> np.ndarray:
-    waveform, rate_hz = decode(data, start, num_frames)
+    waveform, rate_hz = decode_int16(data, start, num_frames)
     if rate_hz != request.rate_hz:
         raise AudioError(f"has {rate_hz} Hz where the index says {request.rate_hz} Hz")
-    return to_int16(waveform)
+    return waveform
 
 
 def _with_zeros(waveform: Samples, num_samples: int) -> Samples:
@@ -233,8 +240,10 @@ def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None
 
 
 def _stacked(waveforms: list[Samples], crop_samples: int) -> torch.Tensor:
-    """Stack crops; where some lie on a device, all come to it."""
+    """Stack crops, in a worker straight into the memory that it shares; where some lie on a device, all come to it."""
     devices = [waveform.device for waveform in waveforms if isinstance(waveform, torch.Tensor)]
     if devices:
         return torch.stack([torch.as_tensor(waveform, device=devices[0]) for waveform in waveforms])
-    return torch.from_numpy(np.stack(waveforms) if waveforms else np.zeros((0, crop_samples), np.int16))
+    if not waveforms:
+        return torch.zeros(0, crop_samples, dtype=torch.int16)
+    return default_collate([torch.from_numpy(waveform) for waveform in waveforms])

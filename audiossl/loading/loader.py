@@ -68,6 +68,7 @@ class Requests:
         i = int(self.clips[clip])
         return ClipRequest(
             row=row,
+            clip=i,
             draw=None if self.seed is None else mix_seed(self.seed, "crop", turn, clip),
             key=self.index.key(i),
             member=f"{self.index.member_key(i)}.{self.index.extension(i)}",

@@ -133,8 +133,7 @@ class PaSST(nn.Module):
 
     def features(self, spectrogram: Tensor, keep: Tensor | None = None, first_column: int = 0) -> Tensor:
         """Describe (B, 1, F, T) by the mean of its class tokens: (B, D); `keep` (B, K) as for the encoder."""
-        tokens = self.encoder.embed(self.cut(spectrogram))
-        encoded = self.encoder.encode(tokens, keep, first_column=first_column)
+        encoded = self.encoder(self.cut(spectrogram), keep, first_column=first_column)
         return pool_tokens(encoded, self.head.pooling, self.encoder.num_class_tokens)
 
     def classify(self, spectrogram: Tensor, keep: Tensor | None = None, first_column: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ training step a clip's draws depend on (seed, step) and its row of the global ba
 from __future__ import annotations
 
 from timm.layers import DropPath
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiossl.noise import draws_of_this_step
 
@@ -19,11 +19,23 @@ class RowDropPath(DropPath):
     Where there are several views of each clip they must lie one behind the other: (views * B, ...).
     """
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Return (n, ...) with some rows zero and the others scaled up; outside of training as it is."""
-        draws = draws_of_this_step(len(values)) if self.training and self.drop_prob else None
+    def shares(self, tokens: Tensor) -> Tensor | None:
+        """Draw what each row (n, N, D) is multiplied by: (n, 1, 1) float32, 0 or above 1; None outside of training."""
+        if not (self.training and self.drop_prob):
+            return None
+        kept, draws = 1 - self.drop_prob, draws_of_this_step(len(tokens))
         if draws is None:
-            return super().forward(values)
-        kept = (draws >= self.drop_prob).to(values.dtype)
-        scale = 1 - self.drop_prob if self.scale_by_keep else 1.0
-        return values * (kept / scale).view(-1, *(1 for _ in values.shape[1:]))
+            shares = tokens.new_empty(len(tokens)).bernoulli_(kept)
+        else:
+            shares = (draws >= self.drop_prob).float()
+        return (shares / kept if self.scale_by_keep and kept else shares)[:, None, None]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (n, N, D) with some rows zero and the others scaled up; outside of training as it is."""
+        shares = self.shares(tokens)
+        return tokens if shares is None else tokens * shares.to(tokens.dtype)
+
+
+def shares_of(drop: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Draw for a block's `drop`, which is no `RowDropPath` where nothing is ever dropped."""
+    return drop.shares(tokens) if isinstance(drop, RowDropPath) else None

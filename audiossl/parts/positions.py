@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audiossl.errors import UserError
+from audiossl.masking import take
 
 
 def sincos(places: Tensor, width: int) -> Tensor:
@@ -49,14 +50,32 @@ def sincos_table(
     return codes.float().reshape(rows, columns, width)
 
 
-class SinCosPositions(nn.Module):
+class Positions(nn.Module):
+    """Add to every token what its cell of a table (rows, columns, D) holds; `class_table` is for class tokens."""
+
+    cells: Tensor
+    is_learned = True
+
+    def forward(
+        self, tokens: Tensor, first_column: int = 0, *, keep: Tensor | None = None, num_cells: int | None = None
+    ) -> Tensor:
+        """Return tokens (B, N, D) plus their positions; N must be whole columns of the table.
+
+        With keep (B, K) they are those of `num_cells`, which must be whole columns: (B, K, D).
+        """
+        codes = cut_table(self.cells, num_cells or tokens.shape[1], first_column)
+        codes = codes if self.is_learned else codes.to(tokens.dtype)
+        return tokens + (codes if keep is None else take(codes.expand(len(keep), -1, -1), keep))
+
+
+class SinCosPositions(Positions):
     """Add the fixed code of its cell to every token; clips shorter than the table take its first columns.
 
     The table is a persistent buffer: an exported model carries the codes it was trained with. Class tokens have none.
     """
 
     table: Tensor
-    class_table = None
+    class_table, is_learned = None, False
 
     def __init__(
         self, *, grid: tuple[int, int], width: int, positions: Literal["published", "corrected"], overlapping: bool
@@ -66,12 +85,12 @@ class SinCosPositions(nn.Module):
             raise UserError(f"model.positions={positions!r}: choose published or corrected")
         self.register_buffer("table", sincos_table(grid, width, positions=positions, overlapping=overlapping))
 
-    def forward(self, tokens: Tensor, first_column: int = 0) -> Tensor:
-        """Return tokens (B, N, D) plus their positions; N must be whole columns of the table."""
-        return tokens + cut_table(self.table, tokens.shape[1], first_column).to(tokens.dtype)
+    @property
+    def cells(self) -> Tensor:
+        return self.table
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositions(Positions):
     """Add a learned vector per cell, and `class_table` (1, n, D) to n class tokens (ATST, 2204.12076).
 
     Positions are cut, never stretched: a shorter clip takes the columns from `first_column` on.
@@ -82,12 +101,12 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(truncated_normal(*grid, width))
         self.class_table = nn.Parameter(truncated_normal(1, num_class_tokens, width)) if num_class_tokens else None
 
-    def forward(self, tokens: Tensor, first_column: int = 0) -> Tensor:
-        """Return tokens (B, N, D) plus their positions; N must be whole columns of the table."""
-        return tokens + cut_table(self.table, tokens.shape[1], first_column)
+    @property
+    def cells(self) -> Tensor:
+        return self.table
 
 
-class AxisPositions(nn.Module):
+class AxisPositions(Positions):
     """Add a learned vector per row and another per column, as PaSST does (2110.05069)."""
 
     def __init__(self, *, grid: tuple[int, int], width: int, num_class_tokens: int):
@@ -97,9 +116,9 @@ class AxisPositions(nn.Module):
         self.time = nn.Parameter(truncated_normal(1, columns, width))
         self.class_table = nn.Parameter(truncated_normal(1, num_class_tokens, width)) if num_class_tokens else None
 
-    def forward(self, tokens: Tensor, first_column: int = 0) -> Tensor:
-        """Return tokens (B, N, D) plus their positions; N must be whole columns of the table."""
-        return tokens + cut_table(self.time + self.frequency, tokens.shape[1], first_column)
+    @property
+    def cells(self) -> Tensor:
+        return self.time + self.frequency
 
 
 def truncated_normal(*shape: int) -> Tensor:

@@ -16,6 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from audiossl.errors import UserError
+from audiossl.parts.blocks import Regional
 
 NEVER = -100.0  # added to the logit of cells that only the roll made neighbours, as published
 
@@ -75,13 +76,14 @@ class WindowAttention(nn.Module):
         self.position_mlp = Mlp(2, 384, num_heads, act_layer=nn.ReLU, drop=dropout)
         self.register_buffer("offsets", log_offsets(window), persistent=False)
 
-    def bias(self) -> Tensor:
-        """Derive what the relative position adds to every logit: (H, W, W)."""
+    def bias(self, mask: Tensor | None = None) -> Tensor:
+        """Derive what position, and `mask` (windows, W, W), add to every logit: (1 or windows, H, W, W)."""
         cells = self.window**2
-        return self.position_mlp(self.offsets).T.reshape(self.num_heads, cells, cells)
+        bias = self.position_mlp(self.offsets).T.reshape(1, self.num_heads, cells, cells)
+        return bias if mask is None else bias + mask[:, None]
 
-    def forward(self, grid_tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Return (B, rows, columns, E); `mask` (windows, W, W) is added to the logits."""
+    def forward(self, grid_tokens: Tensor, bias: Tensor) -> Tensor:
+        """Return (B, rows, columns, E); `bias` as above is added to the logits."""
         rows, columns = (cells // self.window for cells in grid_tokens.shape[1:3])
         # windows are laid beside heads, so that one mask serves the whole batch without a copy per clip
         query, key, value = rearrange(
@@ -93,7 +95,6 @@ class WindowAttention(nn.Module):
             wc=self.window,
         )
         query = F.normalize(query, dim=-1) / self.tau.clamp(min=0.01).repeat(rows * columns)[:, None, None]
-        bias = self.bias()[None] if mask is None else self.bias()[None] + mask[:, None]
         bias = bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)[None]
         mixed = F.scaled_dot_product_attention(
             query.to(value.dtype), F.normalize(key, dim=-1).to(value.dtype), value, bias.to(value.dtype), scale=1.0
@@ -104,7 +105,7 @@ class WindowAttention(nn.Module):
         return self.proj(mixed)
 
 
-class LocalBlock(nn.Module):
+class LocalBlock(Regional):
     """Mix the patches of each window, then each patch alone: x + LN(attention(x)), x + LN(MLP(x)), (B, N, E).
 
     `shift` (rows, columns) moves the windows. `dropout` acts inside the relative-position MLP only.
@@ -122,13 +123,14 @@ class LocalBlock(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], mask: Tensor) -> Tensor:
         """Take `mask` from `shift_mask`; a block without shift does not use it."""
-        tokens = tokens + self.norm1(self._attend(tokens, grid, mask))
+        return self.run(tokens, self.attn.bias(mask if any(self.shift) else None), grid)
+
+    def body(self, tokens: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = tokens + self.norm1(self._attend(tokens.unflatten(1, grid), bias).flatten(1, 2))
         return tokens + self.norm2(self.mlp(tokens))
 
-    def _attend(self, tokens: Tensor, grid: tuple[int, int], mask: Tensor) -> Tensor:
-        cells = tokens.unflatten(1, grid)
+    def _attend(self, cells: Tensor, bias: Tensor) -> Tensor:
         if not any(self.shift):
-            return self.attn(cells, None).flatten(1, 2)
+            return self.attn(cells, bias)
         down, right = self.shift
-        mixed = self.attn(cells.roll((-down, -right), (1, 2)), mask)
-        return mixed.roll((down, right), (1, 2)).flatten(1, 2)
+        return self.attn(cells.roll((-down, -right), (1, 2)), bias).roll((down, right), (1, 2))

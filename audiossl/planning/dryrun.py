@@ -23,6 +23,7 @@ from audiossl.config.commands import check_global_batch
 from audiossl.config.settings import instantiate
 from audiossl.errors import UserError
 from audiossl.optim import OptimSettings
+from audiossl.parts.blocks import checkpoint_blocks
 from audiossl.planning import memory, table
 from audiossl.planning.balance import balance_of
 from audiossl.planning.cost import Cost, cost_of
@@ -85,6 +86,8 @@ def plan_of(
     vocabulary = data.index.vocabulary if labels or takes_classes(config) else None
     torch.manual_seed(config["seed"])
     method = method_from_config(dict(config), frontend=frontend, vocabulary=vocabulary)
+    if trainer["checkpoint_activations"]:
+        checkpoint_blocks(method)
     crop = crop_samples(config["data"], method, data.rate_hz)
     samples = -(-crop * frontend.rate_hz // data.rate_hz)
     heard = (config["model"], config["frontend"], samples, len(vocabulary or ()), precision)

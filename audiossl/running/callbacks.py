@@ -67,6 +67,12 @@ class Throughput(Callback):
             self._counter = flop_counter()
             self._counter.__enter__()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"flops_per_clip": self.flops_per_clip}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.flops_per_clip = state["flops_per_clip"]  # what is counted is not compiled, and rounds otherwise
+
     def on_exception(self, *_: Any) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 def sum_of_all_ranks(count: int, device: torch.device) -> Tensor:
     """Add up a number over all ranks: a float32 scalar on `device`. All ranks must call it equally often."""
-    total = torch.tensor(float(count), device=device)
+    total = torch.full((), float(count), device=device)  # filled there: a copy would make the host wait
     if _size() > 1:
         dist.all_reduce(total)
     return total

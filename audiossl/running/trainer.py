@@ -50,6 +50,8 @@ def build_trainer(
     accumulate = settings["accumulate_grad_batches"]
     for ours in ("accelerator", "devices", "num_nodes", "max_steps", "max_epochs", "strategy", "precision"):
         settings.pop(ours)
+    for of_the_network in ("compile", "checkpoint_activations"):
+        settings.pop(of_the_network, None)
     startup = timedelta(seconds=settings.pop("startup_timeout_seconds"))
     patience = timedelta(seconds=settings.pop("timeout_seconds"))
     strategy, precision = config["trainer"]["strategy"], config["trainer"]["precision"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -61,6 +62,25 @@ def decode(
     Seeks to `start`, so a crop costs what it is long; channels are averaged. `max_seconds` bounds what is decoded (a
     crop of a longer clip is fine). Raises AudioError for what cannot be decoded, non-finite samples and a cut file.
     """
+    with _sought(source, start, num_frames, max_seconds) as (file, wanted):
+        return _joined(_mono_blocks(file, wanted), np.float32), file.samplerate
+
+
+def decode_int16(
+    source: Source, start: int = 0, num_frames: int | None = None, max_seconds: float = MAX_SECONDS
+) -> tuple[np.ndarray, int]:
+    """Decode as `decode` does and round to int16; mono 16-bit audio, as packed, is taken as it lies, with no detour."""
+    with _sought(source, start, num_frames, max_seconds) as (file, wanted):
+        if file.channels == 1 and file.subtype == "PCM_16":
+            return _joined(_mono_blocks(file, wanted, "int16"), np.int16), file.samplerate
+        return to_int16(_joined(_mono_blocks(file, wanted), np.float32)), file.samplerate
+
+
+@contextmanager
+def _sought(
+    source: Source, start: int, num_frames: int | None, max_seconds: float
+) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """Open audio at frame `start`; gives it with how many frames are wanted."""
     with _open(source, None if num_frames is not None else max_seconds) as file:
         info = _info(file)
         wanted = max(0, info.num_frames - start) if num_frames is None else num_frames
@@ -70,8 +90,12 @@ def decode(
             raise AudioError(f"{wanted / info.rate_hz:.0f} s asked, more than the limit of {max_seconds:.0f} s")
         if start:
             _guard(file.seek, start)
-        blocks = list(_mono_blocks(file, wanted))
-        return (np.concatenate(blocks) if blocks else np.zeros(0, np.float32)), info.rate_hz
+        yield file, wanted
+
+
+def _joined(blocks: Iterator[np.ndarray], dtype: type) -> np.ndarray:
+    blocks = list(blocks)
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, dtype), *blocks])
 
 
 @contextmanager
@@ -131,7 +155,8 @@ def encode_flac(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> tuple
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """Round a float waveform in [-1, 1] to int16, clipping; 16-bit sources come back bit for bit."""
-    return np.clip(np.rint(waveform * np.float32(32768)), -32768, 32767).astype(np.int16)
+    scaled = waveform * np.float32(32768)
+    return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype(np.int16)
 
 
 def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -187,19 +212,21 @@ def _refuse_impossible(file: soundfile.SoundFile, max_seconds: float | None) -> 
         raise AudioError(f"announces {seconds:.0f} s, more than the limit of {max_seconds:.0f} s")
 
 
-def _mono_blocks(file: soundfile.SoundFile, wanted: int) -> Iterator[np.ndarray]:
-    """Yield `wanted` frames as mono float32 blocks; raise AudioError when fewer are there, or any is NaN or Inf."""
+def _mono_blocks(
+    file: soundfile.SoundFile, wanted: int, dtype: Literal["float32", "int16"] = "float32"
+) -> Iterator[np.ndarray]:
+    """Yield `wanted` frames as mono blocks; raise AudioError when fewer are there, or any is NaN or Inf."""
     slack = _MP3_SLACK_FRAMES if file.format.startswith("MP") else 0
     left = wanted
     while left > 0:
-        block = _guard(file.read, min(left, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)
+        block = _guard(file.read, min(left, _BLOCK_VALUES // file.channels), dtype=dtype, always_2d=True)
         if not len(block):
             if left <= slack:
                 return
             raise AudioError(f"cut: {wanted - left} of {wanted} frames")
         with np.errstate(invalid="ignore"):  # Inf and -Inf on two channels
             mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
-        if not np.isfinite(mono).all():
+        if dtype == "float32" and not np.isfinite(mono).all():
             raise AudioError("NaN or Inf samples")
         left -= len(block)
         yield mono

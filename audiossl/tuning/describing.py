@@ -67,7 +67,7 @@ def _whole(
 ) -> Tensor:
     rows, columns = encoder.grid_for(spectrogram)
     valid = None if num_frames is None else valid_tokens(encoder, num_frames.to(spectrogram.device), (rows, columns))
-    tokens = encoder.encode(encoder.embed(spectrogram), keep, valid=valid, first_column=first_column)
+    tokens = encoder(spectrogram, keep, valid=valid, first_column=first_column)
     if keep is not None:
         valid = None if valid is None else valid.gather(1, keep)
         rows = keep.shape[1] // columns
