@@ -173,14 +173,9 @@ def compare(folder: Path, crop_seconds: float, arguments: argparse.Namespace, ba
 
 def overlap(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Let epochs of loading alone and epochs with a step as long as a batch take turns: seconds a batch, medians."""
-    per_turn = arguments.clips // arguments.batch
-    loader = loader_of(
-        folder / "shards",
-        10.0,
-        batch_size=arguments.batch,
-        num_batches=(2 * arguments.rounds + 3) * per_turn,
-        workers=1,
-    )
+    per_turn = min(25, arguments.clips)  # many times what is fetched ahead
+    kind = dict(batch_size=arguments.clips // per_turn, num_batches=(2 * arguments.rounds + 3) * per_turn)
+    loader = loader_of(folder / "shards", 10.0, workers=1, **kind)
     batches, _ = batches_of(loader)
 
     def epoch(pause: float) -> float:

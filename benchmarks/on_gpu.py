@@ -42,10 +42,16 @@ class Job:
     options: tuple[str, ...]
     minutes: float
     on_device: bool = True
+    part: str | None = None  # of benchmarks.step
+
+    @property
+    def title(self) -> str:
+        return self.part or self.name
 
 
 JOBS = (
-    Job("step", (), 5),
+    Job("step", ("--batch", "128", "--compile"), 4, part="step"),
+    Job("step", ("--batch", "64"), 1, part="patchout"),
     Job("frontend", (), 0.7),
     Job("embed", ("--sizes", "base", "--windows-ms", "160", "--at-once", "64", "256"), 1),
     Job("loader", ("--clips", "100", "--rounds", "3"), 2, on_device=False),
@@ -68,15 +74,16 @@ def missing() -> list[str]:
 
 def run(job: Job, arguments: argparse.Namespace, seconds: float) -> str:
     """Run a benchmark for at most so long; returns how it ended."""
-    command = [sys.executable, "-m", f"benchmarks.{job.name}", "--out", str(arguments.out / job.name)]
+    command = [sys.executable, "-m", f"benchmarks.{job.name}", "--out", str(arguments.out / job.title)]
+    command += ["--parts", job.part] if job.part else []
     command += ["--device", arguments.device] if job.on_device else []
     command += ["--quick"] if arguments.dry_run else job.options
-    with open(arguments.out / f"{job.name}.txt", "w") as log:
+    with open(arguments.out / f"{job.title}.txt", "w") as log:
         try:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"ended after {seconds:.0f} s"
-    return "done" if done.returncode == 0 else f"failed with {done.returncode}, see {job.name}.txt"
+    return "done" if done.returncode == 0 else f"failed with {done.returncode}, see {job.title}.txt"
 
 
 def steps_table(out: Path) -> list[str]:
@@ -85,13 +92,9 @@ def steps_table(out: Path) -> list[str]:
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     lines = []
     for row in rows:
-        if "clips_per_second" not in row:
-            continue
-        rate = row["clips_per_second"][0]
-        mfu, memory = row.get("mfu"), row.get("memory_bytes")
-        shares = [f"{mfu[0] if isinstance(mfu, list) else mfu:.0%}" if mfu else ""]
-        shares += [f"{memory / 1e9:.1f}" if memory else "", f"{AUDIOSET_CLIPS * EPOCHS / rate / 3600:.1f}"]
-        lines.append("| " + " | ".join([str(row.get("name", row.get("method", ""))), f"{rate:.0f}", *shares]) + " |")
+        rate, hours = row["rate"][0], AUDIOSET_CLIPS * EPOCHS / row["rate"][0] / 3600
+        cells = [row["method"], f"{rate:.0f}", f"{row['mfu']:.0%}", f"{row['memory'] / 1e9:.1f}", f"{hours:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     head = ["| step | clips/s | MFU | memory, GB | hours of AS-2M x 32 epochs |", "|---|---|---|---|---|"]
     return [*head, *lines, ""] if lines else []
 
@@ -122,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9, help="for everything (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_on_gpu")
-    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="some of them")
+    parser.add_argument("--only", nargs="+", choices=[job.title for job in JOBS], help="some of them")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--wheels", action="store_true", help="print what has to be brought, and end")
     arguments = parser.parse_args(argv)
@@ -135,15 +138,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out, arguments.device = arguments.out.resolve(), "cpu" if arguments.dry_run else "cuda"
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline, ended = time.monotonic() + 60 * arguments.minutes, {}
-    for job in [job for job in JOBS if arguments.only is None or job.name in arguments.only]:
+    for job in [job for job in JOBS if arguments.only is None or job.title in arguments.only]:
         left = deadline - time.monotonic() - 5
         if importlib.util.find_spec(f"benchmarks.{job.name}") is None:
-            ended[job.name] = "not in this checkout"
+            ended[job.title] = "not in this checkout"
         elif left < 10:
-            ended[job.name] = "no time left"
+            ended[job.title] = "no time left"
         else:
-            ended[job.name] = run(job, arguments, min(left, 60 * job.minutes))
-        print(f"{job.name}: {ended[job.name]}", flush=True)
+            ended[job.title] = run(job, arguments, min(left, 60 * job.minutes))
+        print(f"{job.title}: {ended[job.title]}", flush=True)
         write_summary(arguments.out, ended)
     print(f"\n{write_summary(arguments.out, ended)}\n{arguments.out}/SUMMARY.md")
     return int(any(how.startswith("failed") for how in ended.values()))

@@ -27,7 +27,7 @@ from audiossl.probes.segments import Wanted, segment_samples
 from audiossl.probes.sources import EncoderSource
 from audiossl.sound.audio import decode, resample
 from benchmarks import ROOT
-from benchmarks.common import Report, Turns, parser_of, prepared, progress, take_turns
+from benchmarks.common import Report, Spread, Turns, parser_of, prepared, progress, take_turns
 
 
 class DemoClips:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 def add_row(report: Report, name: str, passes: int, turns: dict[str, Turns], difference: float) -> None:
     milliseconds = [1e3 * taken for taken in turns[name].wall]
     ratios = {clock: turns[name].times_as_fast_as(turns["one by one"], clock) for clock in ("wall", "cpu")}
-    shown = f"{sorted(milliseconds)[len(milliseconds) // 2]:.0f} ({min(milliseconds):.0f}..{max(milliseconds):.0f})"
+    shown = f"{Spread.of(milliseconds):.0f}"
     cells = [name, passes, shown, f"{ratios['wall']:.1f}", f"{ratios['cpu']:.1f}", f"{difference:.0e}"]
     report.row(cells, name=name, passes=passes, seconds=turns[name].seconds(), ratio=ratios["wall"],
                ratio_cpu=ratios["cpu"], difference=difference)  # fmt: skip

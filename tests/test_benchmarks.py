@@ -50,7 +50,7 @@ def test_a_benchmark_with_processes_of_its_own_runs_at_a_tiny_size(name, tmp_pat
 def test_the_script_for_a_gpu_machine_runs_all_of_them_on_a_cpu(tmp_path, capsys):
     assert on_gpu.main(["--dry-run", "--minutes", "8", "--out", str(tmp_path)]) == 0
     summary = (tmp_path / "SUMMARY.md").read_text()
-    assert all(f"- {job.name}: " in summary for job in on_gpu.JOBS) and "torchaudio kaldi.fbank" in summary
+    assert all(f"- {job.title}: " in summary for job in on_gpu.JOBS) and "torchaudio kaldi.fbank" in summary
 
 
 def test_what_a_gpu_machine_must_be_brought_is_pinned(capsys):

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils.data import default_collate
 
 from audiossl.batch import Batch, Skipped, multi_hot
 from audiossl.loading.shardfiles import ShardFiles
@@ -240,10 +239,8 @@ def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None
 
 
 def _stacked(waveforms: list[Samples], crop_samples: int) -> torch.Tensor:
-    """Stack crops, in a worker straight into the memory that it shares; where some lie on a device, all come to it."""
+    """Stack crops; where some lie on a device, all come to it."""
     devices = [waveform.device for waveform in waveforms if isinstance(waveform, torch.Tensor)]
     if devices:
         return torch.stack([torch.as_tensor(waveform, device=devices[0]) for waveform in waveforms])
-    if not waveforms:
-        return torch.zeros(0, crop_samples, dtype=torch.int16)
-    return default_collate([torch.from_numpy(waveform) for waveform in waveforms])
+    return torch.from_numpy(np.stack(waveforms) if waveforms else np.zeros((0, crop_samples), np.int16))
