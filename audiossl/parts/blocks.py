@@ -2,7 +2,7 @@
 
 A network is a row of equal blocks. What is random about one (which clips skip it, what a dropout leaves out) comes in
 as an argument, so that its body is a pure function of its inputs: it can be compiled once for all blocks of its kind,
-without breaks, and computed again in the backward pass (2203.16749, activation checkpointing after 1604.06174) with the
+without breaks, and computed again in the backward pass (activation checkpointing, 1604.06174) with the
 very same numbers, without a look at a generator.
 """
 
