@@ -8,9 +8,11 @@ import csv
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -44,14 +46,6 @@ def config_of(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         config = compose("train", overrides=[f"root={ROOT}", "run_dir=x", "name=x", *TINY, *overrides])
     return {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k != "hydra"}
-
-
-def many_clips(folder: Path, count: int) -> str:
-    """Write shards of as many clips of a fifth of a second, a hundred a shard."""
-    from tiny_shards import audio, clip, noise, write_shards
-
-    made = [clip(f"c{i:05d}", audio(noise(i, 1600)), 1600) for i in range(count)]
-    return write_shards(folder, [made[first : first + 100] for first in range(0, count, 100)])
 
 
 def start(
@@ -163,7 +157,10 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
     if fault == {"do": "compare epochs"}:
         compare_epochs()
     elif fault is not None:
-        arm(**fault)
+        if "watch" in fault:
+            watch(Path(fault.pop("watch")))
+        if fault:
+            arm(**fault)
     try:
         fit(config)
     except UserError as error:
@@ -171,8 +168,13 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
         sys.exit(2)
 
 
-def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int | None = None) -> None:
-    """Wrap the method at `at`: what `do` says happens as it is called at this step, micro-batch and rank, once."""
+def arm(
+    do: str, step: int, at: str = "training_step", micro: int = 0, rank: int | None = None, after: float = 0.0
+) -> None:
+    """Wrap the method at `at`: what `do` says happens as it is called at this step, micro-batch and rank, once.
+
+    With `after`, so many seconds later, wherever the run may be then.
+    """
     from audiossl.pretraining import Pretraining
 
     if rank is not None and rank != int(os.environ.get("RANK", 0)):
@@ -184,7 +186,10 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
     def strike(*args, **kwargs):
         if now["left"] and (now["step"], now["micro"]) == (step, micro):
             now["left"] = 0
-            act(do, args)
+            if after:
+                threading.Timer(after, act, (do, args)).start()
+            else:
+                act(do, args)
         return original(*args, **kwargs)
 
     setattr(owner, name, strike)
@@ -195,6 +200,25 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
         return begun(self, batch, batch_idx)
 
     Pretraining.training_step = begin
+
+
+def watch(path: Path) -> None:
+    """Write after every step, for this process and its loader's workers: kB of memory, open files."""
+    from processes import workers
+
+    from audiossl.running.callbacks import Throughput
+
+    ended = Throughput.on_train_batch_end
+    file = path.open("a")
+
+    def end(self, trainer, *args):
+        ended(self, trainer, *args)
+        of = [os.getpid(), *workers(os.getpid())]
+        memory = sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) for pid in of)
+        file.write(f"{trainer.global_step} {memory} {sum(len(os.listdir(f'/proc/{pid}/fd')) for pid in of)}\n")
+        file.flush()
+
+    Throughput.on_train_batch_end = end
 
 
 def compare_epochs() -> None:

@@ -34,6 +34,37 @@ def workers(of: int | None = None) -> list[int]:
     return [child for child, parent in descendants(of).items() if parent != of]
 
 
+def seconds_of_work(group: int) -> float:
+    """Add up the processor time that the living processes of a group have used."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))  # its own, and that of children it has waited for
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Patience:
+    """Tell a process that stands still from one that a busy machine leaves little time.
+
+    `is_lost()` is true once the group did less than `LEAST` seconds of work within the last `seconds`.
+    """
+
+    LEAST = 0.2
+
+    def __init__(self, seconds: float):
+        self.seconds, self.since, self.work = seconds, time.monotonic(), -self.LEAST
+
+    def is_lost(self, group: int) -> bool:
+        if self.work >= 0 and time.monotonic() - self.since < self.seconds:
+            return False
+        before, self.since, self.work = self.work, time.monotonic(), seconds_of_work(group)
+        return self.work - before < self.LEAST
+
+
 def end_within(seconds: float, alive) -> bool:
     """Wait until `alive()` lists nothing."""
     deadline = time.monotonic() + seconds

@@ -4,11 +4,10 @@ import signal
 import time
 from pathlib import Path
 
-import fits
 import pytest
 import torch
 from commands import metrics
-from fits import assert_same_run, column, config_of, kill_and_go_on, run, start
+from fits import assert_same_run, column, run, start
 from methods import settings_of
 
 from audiossl.checkpoints.files import newest_valid, step_of
@@ -137,16 +136,3 @@ def test_a_run_needs_neither_a_locale_nor_a_home_nor_plain_paths(tmp_path):
     (one,) = start(folder, *SMALL, "trainer.max_steps=2", environment=environment)
     assert one.wait(120) == 0, one.output()
     assert (folder / "checkpoints" / "last.ckpt").exists() and (folder / "encoder.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.faults("R10")
-def test_two_hundred_kills_within_an_epoch_of_4000_clips_lose_no_clip(tmp_path):
-    """Steps of two clips, a checkpoint a step, a kill every ten steps."""
-    shards = fits.many_clips(tmp_path / "shards", 4000)
-    data = ["data=folder", f"data.shards={shards}", "data.validation_clips=0", "frontend.seconds=0.16"]
-    given = [*settings_of("audiomae"), *data, "data.batch_size=2", "trainer.max_steps=2000", "checkpoint.every_steps=1"]
-    kill_and_go_on(tmp_path / "run", *given, at=tuple(range(10, 2000, 10)))
-    keys = [key for row in fits.trace(tmp_path / "run") for key in row["keys"].split()]
-    assert len(keys) == len(set(keys)) == 4000
-    assert config_of(*given)["trainer"]["max_steps"] == len(column(tmp_path / "run", "loss"))
