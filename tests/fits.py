@@ -146,6 +146,8 @@ def assert_same_run(one: Path, other: Path, num_steps: int, ranks: int = 1, but:
 
 def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) -> None:
     """Be one rank; called in the forked process."""
+    from toy_faults import mount_small_disk
+
     from audiossl.checkpoints.signals import install_early_handlers
     from audiossl.errors import UserError
     from audiossl.training import fit
@@ -159,6 +161,8 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
     elif fault is not None:
         if "watch" in fault:
             watch(Path(fault.pop("watch")))
+        if "disk" in fault:
+            mount_small_disk(folder / "checkpoints", fault.pop("disk"))
         if fault:
             arm(**fault)
     try:

@@ -1,5 +1,6 @@
 """Real runs in which something fails, is damaged or is in the way: what they say, and that a resume ends the same."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -117,6 +118,21 @@ def test_a_run_folder_that_takes_no_file_is_one_line_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be written into: Is a directory; .* hydra.run.dir="):
         with locked(tmp_path):
             raise AssertionError("the run began")
+
+
+@pytest.mark.faults("C7")
+def test_room_for_all_that_a_checkpoint_will_hold_is_asked_for_before_the_first_step(tmp_path):
+    """A teacher, two moments and an average of the weights; the first checkpoints, without the average, would fit."""
+    given = [*settings_of("atst_frame"), "model.width=96", *SMALL[len(settings_of("audiomae")) :]]
+    given += ["trainer.max_steps=2", "swa.unit=steps", "swa.start=2", "swa.every=1"]
+    run(tmp_path / "wide", *given)
+    size = (tmp_path / "wide" / "checkpoints" / "last.ckpt").stat().st_size
+    (narrow,) = start(tmp_path / "narrow", *given, fault={"disk": int(0.9 * size)})
+    if (code := narrow.wait(120)) == 99:
+        pytest.skip("a tmpfs of one's own needs a mount namespace, which this container or user may not make")
+    found = re.search(r"a checkpoint takes (\d+) \(weights .*, the optimiser's moments .*, averages", narrow.output())
+    assert code == 2 and found and 0.95 * size < int(found[1]) < size, narrow.output()
+    assert column(tmp_path / "narrow", "loss") == []
 
 
 @pytest.mark.faults("P16")
