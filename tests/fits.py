@@ -8,13 +8,11 @@ import csv
 import functools
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +144,9 @@ def assert_same_run(one: Path, other: Path, num_steps: int, ranks: int = 1, but:
 
 def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) -> None:
     """Be one rank; called in the forked process."""
+    from processes import leave_the_network, stand_in_read_only
     from toy_faults import mount_small_disk
+    from watching import compare_epochs, watch
 
     from audiossl.checkpoints.signals import install_early_handlers
     from audiossl.errors import UserError
@@ -163,6 +163,10 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
             watch(Path(fault.pop("watch")))
         if "disk" in fault:
             mount_small_disk(folder / "checkpoints", fault.pop("disk"))
+        if fault.pop("no network", False):
+            leave_the_network()
+        if "read-only" in fault:
+            stand_in_read_only(Path(fault.pop("read-only")))
         if fault:
             arm(**fault)
     try:
@@ -206,52 +210,16 @@ def arm(
     Pretraining.training_step = begin
 
 
-def watch(path: Path) -> None:
-    """Write after every step, for this process and its loader's workers: kB of memory, open files."""
-    from processes import workers
-
-    from audiossl.running.callbacks import Throughput
-
-    ended = Throughput.on_train_batch_end
-    file = path.open("a")
-
-    def end(self, trainer, *args):
-        ended(self, trainer, *args)
-        of = [os.getpid(), *workers(os.getpid())]
-        memory = sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) for pid in of)
-        file.write(f"{trainer.global_step} {memory} {sum(len(os.listdir(f'/proc/{pid}/fd')) for pid in of)}\n")
-        file.flush()
-
-    Throughput.on_train_batch_end = end
-
-
-def compare_epochs() -> None:
-    """Gather the ranks' steps and clips at every micro-batch: no clip comes again before all of them have come."""
-    from audiossl.pretraining import Pretraining
-    from audiossl.running.ranks import Ranks
-
-    begun, ranks, visits = Pretraining.training_step, [], Counter()
-
-    def begin(self, batch, batch_idx):
-        ranks[:] = ranks or [Ranks()]
-        everywhere = ranks[0].gather(((self.trainer.current_epoch, self.global_step, batch_idx), batch.key))
-        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len({at for at, _ in everywhere}) == 1, everywhere
-        visits.update(key for _, keys in everywhere for key in keys)
-        is_whole = len(visits) == self.trainer.datamodule.data.clips_per_epoch
-        whole = min(visits.values()) if is_whole else 0
-        assert max(visits.values()) <= whole + 1, visits
-        print(f"epoch {whole} at step {self.global_step} on all ranks", flush=True)
-        return begun(self, batch, batch_idx)
-
-    Pretraining.training_step = begin
-
-
 def act(do: str, args: tuple) -> None:
     match do:
         case "kill" | "stop" | "term" | "int":
             os.kill(os.getpid(), getattr(signal, f"SIG{do.upper()}"))
         case "raise":
             raise ValueError("the fault of this test")
+        case "user error":
+            from audiossl.errors import UserError
+
+            raise UserError("data.shards=x: the fault of this test; give another")
         case "nan":
             args[1].waveform = args[1].waveform.float() * float("nan")
         case "inf":

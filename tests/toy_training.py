@@ -70,8 +70,9 @@ class Run:
     @property
     def pid(self) -> int:
         """Give the process, which is also its group; the server forks it whenever the machine lets it."""
-        file = self.folder / f"{self.name}.pid"
+        file, code = self.folder / f"{self.name}.pid", self.folder / f"{self.name}.code"
         while not (file.exists() and file.read_text().endswith("\n")):
+            assert not code.exists() or file.exists(), f"it ended before it began:\n{self.output()}"
             time.sleep(0.005)
         return int(file.read_text())
 
@@ -103,8 +104,8 @@ class Toys:
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, self.script]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen(command, text=True, env=environment, **pipes)
+        pipe = subprocess.PIPE
+        self.server = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe)
         self.count = 0
 
     def start(self, run_dir: Path, environment: dict[str, str] | None = None, **options) -> Run:
@@ -190,7 +191,9 @@ def supervise(job: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ.update(job["environment"])
+        given = os.environ | job["environment"]
+        os.environ.clear()
+        os.environ.update({variable: value for variable, value in given.items() if value is not None})
         (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
         if job["options"].get("fit"):
             import fits
