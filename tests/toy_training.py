@@ -103,9 +103,8 @@ class Toys:
 
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, self.script]
-        pipe = subprocess.PIPE
-        self.server = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe)
+        how = dict(text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.server = subprocess.Popen([sys.executable, self.script], **how)
         self.count = 0
 
     def start(self, run_dir: Path, environment: dict[str, str] | None = None, **options) -> Run:
