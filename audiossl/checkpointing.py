@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, prepare_folder, try_to_remove
+from audiossl.checkpoints.atomic import AtomicCheckpointIO, link_or_copy, try_to_remove
 from audiossl.checkpoints.files import (
     describe_file,
     is_valid,
     lower_is_better,
     newest_valid,
     resolve_ckpt,
-    step_of,
+    set_aside_later_than,
 )
 from audiossl.checkpoints.generators import generator_states, restore_generators
+from audiossl.checkpoints.room import check_room, prepare_folder
 from audiossl.errors import UserError
 from audiossl.running.ranks import Ranks
 
@@ -35,7 +37,6 @@ __all__ = ["AtomicCheckpointIO", "Checkpointing", "describe_file", "is_valid", "
 
 log = logging.getLogger(__name__)
 
-_STEP = re.compile(r"(?:best-)?step=(\d+)")
 _BEST = re.compile(r"best-step=(\d+)-(.+)=([^=]+)\.ckpt")
 
 
@@ -96,11 +97,7 @@ class Checkpointing(Checkpoint):
         if stage != "fit":
             return
         self.ranks = Ranks()
-        if trainer.is_global_zero:
-            try:
-                prepare_folder(self.folder, pl_module)
-            except OSError as error:
-                raise UserError(f"{self.folder}: checkpoints cannot be written here: {error.strerror}") from error
+        self._on_first_rank(trainer, prepare_folder, self.folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
@@ -108,8 +105,9 @@ class Checkpointing(Checkpoint):
         if first != last:
             raise UserError(f"the ranks resume from different steps, {first} to {last}; do they see the same files?")
         self._seen_step, self._saved_at = step, time.monotonic()
+        self._on_first_rank(trainer, check_room, self.folder, trainer, pl_module)
         if trainer.is_global_zero:
-            self._set_aside_later_than(step)
+            set_aside_later_than(self.folder, step)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self._generators is not None:
@@ -198,6 +196,17 @@ class Checkpointing(Checkpoint):
                 try_to_remove(old)
         return path
 
+    def _on_first_rank(self, trainer: pl.Trainer, check: Callable[..., None], *about: Any) -> None:
+        """Let the rank that writes check something; where it raises `UserError`, the others leave with it, silently."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                check(*about)
+            except UserError as error:
+                problem = error
+        if self.ranks.maximum(problem is not None):
+            raise problem or SystemExit(2)
+
     def _is_due(self, trainer: pl.Trainer) -> bool:
         by_steps = self.every_steps is not None and trainer.global_step % self.every_steps == 0
         if by_steps or self.every_minutes is None:
@@ -252,16 +261,3 @@ class Checkpointing(Checkpoint):
                 f"step {trainer.global_step}: the weights hold NaN or infinity and are not saved; resume with ckpt=last"
                 " from the checkpoint before and lower the learning rate, or look for a bad clip"
             )
-
-    def _set_aside_later_than(self, step: int) -> None:
-        """Rename the checkpoints of a future that this run, resumed from an earlier step, will not have."""
-        for path in self.folder.glob("*.ckpt"):
-            found = _STEP.match(path.name)
-            try:
-                later = (int(found[1]) if found else step_of(path)) > step
-            except Exception as error:  # whatever a file of somebody else's may be, it is none of ours to move
-                log.warning("%s: left alone: %s", path, error)
-                continue
-            if later:
-                path.replace(f"{path}.superseded")
-                log.warning("%s: saved after step %d, from where this run goes on; renamed to *.superseded", path, step)

@@ -41,7 +41,7 @@ from audiossl.running.build import check_same_run, method_from_config, needs_lab
 from audiossl.running.callbacks import Forensics, Pictures, Progress, Rows, Throughput
 from audiossl.running.classscores import score_classes_of
 from audiossl.running.devices import Layout, layout_of
-from audiossl.running.lastwords import LastWords
+from audiossl.running.lastwords import LastWords, users_errors_of_all_ranks
 from audiossl.running.loggers import MetricsCsv, build_loggers
 from audiossl.running.provenance import provenance_of
 from audiossl.running.ranks import others_wait
@@ -99,7 +99,8 @@ def _fit(config: dict[str, Any], run_dir: Path, prepare: Callable[[nn.Module], N
         _write_provenance(run_dir, config, provenance)
         report.announce(log, method, data, layout, max_steps, global_batch, run_dir)
     loggers[0].start_at(0 if ckpt is None else step_of(ckpt))
-    trainer.fit(module, run_data, ckpt_path=ckpt, weights_only=True)
+    with users_errors_of_all_ranks(callbacks):
+        trainer.fit(module, run_data, ckpt_path=ckpt, weights_only=True)
     if trainer.global_step < max_steps and not stopping.has_stopped:
         log.warning("stopped at step %d of %d; ckpt=last goes on", trainer.global_step, max_steps)
         raise Preempted(PREEMPTED)

@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,6 @@ def config_of(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         config = compose("train", overrides=[f"root={ROOT}", "run_dir=x", "name=x", *TINY, *overrides])
     return {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k != "hydra"}
-
-
-def many_clips(folder: Path, count: int) -> str:
-    """Write shards of as many clips of a fifth of a second, a hundred a shard."""
-    from tiny_shards import audio, clip, noise, write_shards
-
-    made = [clip(f"c{i:05d}", audio(noise(i, 1600)), 1600) for i in range(count)]
-    return write_shards(folder, [made[first : first + 100] for first in range(0, count, 100)])
 
 
 def start(
@@ -152,6 +144,10 @@ def assert_same_run(one: Path, other: Path, num_steps: int, ranks: int = 1, but:
 
 def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) -> None:
     """Be one rank; called in the forked process."""
+    from processes import leave_the_network, stand_in_read_only
+    from toy_faults import mount_small_disk
+    from watching import compare_epochs, watch
+
     from audiossl.checkpoints.signals import install_early_handlers
     from audiossl.errors import UserError
     from audiossl.training import fit
@@ -163,7 +159,16 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
     if fault == {"do": "compare epochs"}:
         compare_epochs()
     elif fault is not None:
-        arm(**fault)
+        if "watch" in fault:
+            watch(Path(fault.pop("watch")))
+        if "disk" in fault:
+            mount_small_disk(folder / "checkpoints", fault.pop("disk"))
+        if fault.pop("no network", False):
+            leave_the_network()
+        if "read-only" in fault:
+            stand_in_read_only(Path(fault.pop("read-only")))
+        if fault:
+            arm(**fault)
     try:
         fit(config)
     except UserError as error:
@@ -171,8 +176,13 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
         sys.exit(2)
 
 
-def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int | None = None) -> None:
-    """Wrap the method at `at`: what `do` says happens as it is called at this step, micro-batch and rank, once."""
+def arm(
+    do: str, step: int, at: str = "training_step", micro: int = 0, rank: int | None = None, after: float = 0.0
+) -> None:
+    """Wrap the method at `at`: what `do` says happens as it is called at this step, micro-batch and rank, once.
+
+    With `after`, so many seconds later, wherever the run may be then.
+    """
     from audiossl.pretraining import Pretraining
 
     if rank is not None and rank != int(os.environ.get("RANK", 0)):
@@ -184,7 +194,10 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
     def strike(*args, **kwargs):
         if now["left"] and (now["step"], now["micro"]) == (step, micro):
             now["left"] = 0
-            act(do, args)
+            if after:
+                threading.Timer(after, act, (do, args)).start()
+            else:
+                act(do, args)
         return original(*args, **kwargs)
 
     setattr(owner, name, strike)
@@ -197,33 +210,16 @@ def arm(do: str, step: int, at: str = "training_step", micro: int = 0, rank: int
     Pretraining.training_step = begin
 
 
-def compare_epochs() -> None:
-    """Gather the ranks' steps and clips at every micro-batch: no clip comes again before all of them have come."""
-    from audiossl.pretraining import Pretraining
-    from audiossl.running.ranks import Ranks
-
-    begun, ranks, visits = Pretraining.training_step, [], Counter()
-
-    def begin(self, batch, batch_idx):
-        ranks[:] = ranks or [Ranks()]
-        everywhere = ranks[0].gather(((self.trainer.current_epoch, self.global_step, batch_idx), batch.key))
-        assert len(everywhere) == int(os.environ["WORLD_SIZE"]) and len({at for at, _ in everywhere}) == 1, everywhere
-        visits.update(key for _, keys in everywhere for key in keys)
-        is_whole = len(visits) == self.trainer.datamodule.data.clips_per_epoch
-        whole = min(visits.values()) if is_whole else 0
-        assert max(visits.values()) <= whole + 1, visits
-        print(f"epoch {whole} at step {self.global_step} on all ranks", flush=True)
-        return begun(self, batch, batch_idx)
-
-    Pretraining.training_step = begin
-
-
 def act(do: str, args: tuple) -> None:
     match do:
         case "kill" | "stop" | "term" | "int":
             os.kill(os.getpid(), getattr(signal, f"SIG{do.upper()}"))
         case "raise":
             raise ValueError("the fault of this test")
+        case "user error":
+            from audiossl.errors import UserError
+
+            raise UserError("data.shards=x: the fault of this test; give another")
         case "nan":
             args[1].waveform = args[1].waveform.float() * float("nan")
         case "inf":

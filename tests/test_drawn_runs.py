@@ -134,6 +134,7 @@ def test_a_class_balanced_fraction_in_shard_windows_trains(corpora, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_million_clips_start_and_resume_within_ten_seconds_and_half_a_gigabyte():
     """The memory is what the data adds to the imports; torch, lightning and the rest take 0.9 GB before it."""
     command = [sys.executable, "-m", "benchmarks.order"]

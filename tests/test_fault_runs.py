@@ -1,14 +1,14 @@
 """Real runs in which something fails, is damaged or is in the way: what they say, and that a resume ends the same."""
 
+import re
 import signal
 import time
 from pathlib import Path
 
-import fits
 import pytest
 import torch
 from commands import metrics
-from fits import assert_same_run, column, config_of, kill_and_go_on, run, start
+from fits import assert_same_run, column, run, start
 from methods import settings_of
 
 from audiossl.checkpoints.files import newest_valid, step_of
@@ -84,16 +84,6 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_what_differs(straigh
         assert one.wait(120) == 2 and said in one.output(), one.output()
 
 
-@pytest.mark.faults("R12")
-def test_what_may_change_between_runs_does(straight, tmp_path):
-    """Learning rate, length, how often is saved, validated, logged, and where it runs."""
-    run(tmp_path, *SETTINGS, fault={"do": "kill", "step": 4}, expect=-signal.SIGKILL)
-    changed = ["optim.lr=0.0001", "trainer.max_steps=9", "checkpoint.every_steps=5", "validate_every_steps=4"]
-    run(tmp_path, *SETTINGS, *changed, "data.cache_mb=64", "trace=false", ckpt="last")
-    losses = [column(folder, "loss") for folder in (straight, tmp_path)]
-    assert losses[0][:4] == losses[1][:4] and len(losses[1]) == 9 and losses[0][5:] != losses[1][5:8]
-
-
 @pytest.mark.faults("P16")
 def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
     (first,) = start(tmp_path, *SETTINGS, fault={"do": "stop", "step": 5})
@@ -120,6 +110,21 @@ def test_a_run_folder_that_takes_no_file_is_one_line_with_the_way_out(tmp_path):
             raise AssertionError("the run began")
 
 
+@pytest.mark.faults("C7")
+def test_room_for_all_that_a_checkpoint_will_hold_is_asked_for_before_the_first_step(tmp_path):
+    """A teacher, two moments and an average of the weights; the first checkpoints, without the average, would fit."""
+    given = [*settings_of("atst_frame"), "model.width=96", *SMALL[len(settings_of("audiomae")) :]]
+    given += ["trainer.max_steps=2", "swa.unit=steps", "swa.start=2", "swa.every=1"]
+    run(tmp_path / "wide", *given)
+    size = (tmp_path / "wide" / "checkpoints" / "last.ckpt").stat().st_size
+    (narrow,) = start(tmp_path / "narrow", *given, fault={"disk": int(0.9 * size)})
+    if (code := narrow.wait(120)) == 99:
+        pytest.skip("a tmpfs of one's own needs a mount namespace, which this container or user may not make")
+    found = re.search(r"a checkpoint takes (\d+) \(weights .*, the optimiser's moments .*, averages", narrow.output())
+    assert code == 2 and found and 0.95 * size < int(found[1]) < size, narrow.output()
+    assert column(tmp_path / "narrow", "loss") == []
+
+
 @pytest.mark.faults("P16")
 def test_a_lock_names_the_job_and_ends_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -128,25 +133,3 @@ def test_a_lock_names_the_job_and_ends_with_it(tmp_path, monkeypatch):
     with locked(tmp_path):
         assert (tmp_path / "run.lock").exists()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.faults("C12")
-def test_a_run_needs_neither_a_locale_nor_a_home_nor_plain_paths(tmp_path):
-    folder = tmp_path / "ein Ordner, ünïcode 音"
-    environment = {"LC_ALL": "C", "LANG": "C", "HOME": "/nonexistent", "http_proxy": "http://127.0.0.1:9"}
-    (one,) = start(folder, *SMALL, "trainer.max_steps=2", environment=environment)
-    assert one.wait(120) == 0, one.output()
-    assert (folder / "checkpoints" / "last.ckpt").exists() and (folder / "encoder.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.faults("R10")
-def test_two_hundred_kills_within_an_epoch_of_4000_clips_lose_no_clip(tmp_path):
-    """Steps of two clips, a checkpoint a step, a kill every ten steps."""
-    shards = fits.many_clips(tmp_path / "shards", 4000)
-    data = ["data=folder", f"data.shards={shards}", "data.validation_clips=0", "frontend.seconds=0.16"]
-    given = [*settings_of("audiomae"), *data, "data.batch_size=2", "trainer.max_steps=2000", "checkpoint.every_steps=1"]
-    kill_and_go_on(tmp_path / "run", *given, at=tuple(range(10, 2000, 10)))
-    keys = [key for row in fits.trace(tmp_path / "run") for key in row["keys"].split()]
-    assert len(keys) == len(set(keys)) == 4000
-    assert config_of(*given)["trainer"]["max_steps"] == len(column(tmp_path / "run", "loss"))

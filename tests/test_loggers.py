@@ -1,6 +1,7 @@
 """metrics.csv survives a resume, and a broken logger does not cost the run."""
 
 import csv
+import tracemalloc
 
 import pytest
 from lightning.pytorch.loggers import Logger
@@ -39,6 +40,28 @@ def test_a_resumed_run_keeps_the_history_and_redoes_only_what_was_lost(tmp_path)
     rows = read(tmp_path / "metrics.csv")
     assert [int(r["step"]) for r in rows] == list(range(9))
     assert [float(r["loss"]) for r in rows] == [0, 1, 2, 3, 14, 15, 16, 17, 18]
+
+
+@pytest.mark.faults("P12", "R10")
+def test_a_long_history_stays_on_disk_and_takes_late_numbers_and_new_columns(tmp_path):
+    metrics = MetricsCsv(tmp_path)
+    sizes = []
+    for step in range(1200):
+        metrics.log_metrics({"loss": step / 3}, step)
+        metrics.save()
+        if step == 200:
+            tracemalloc.start()
+        if step in (300, 1199):
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert sizes[1] < sizes[0] + 10_000, "bytes held grow with the steps"
+    metrics.log_metrics({"val_loss": 0.5}, 7)
+    metrics.log_metrics({"loss": 2.0}, 1200)
+    metrics.save()
+    rows = read(tmp_path / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1201))
+    assert [float(row["loss"]) for row in rows] == [*(step / 3 for step in range(1200)), 2.0]
+    assert {row["step"]: row["val_loss"] for row in rows if row["val_loss"]} == {"7": "0.5"}
 
 
 def test_a_row_cut_by_a_kill_is_forgotten(tmp_path):

@@ -51,6 +51,20 @@ def test_an_exception_on_one_rank_is_what_both_say_first(settings, tmp_path, vic
     check_resume(tmp_path, settings, step=5)
 
 
+@pytest.mark.faults("X8")
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_users_error_on_one_rank_ends_both_at_once_and_both_say_what_it_was(settings, tmp_path, victim):
+    runs = start(tmp_path, *settings, ranks=2, fault={"do": "user error", "step": 5, "rank": victim})
+    assert [one.wait(60) for one in runs] == [2, 2], runs[1 - victim].output()
+    own, other = runs[victim].output(), runs[1 - victim].output()
+    assert "train.py: data.shards=x: the fault of this test; give another" in own
+    assert f"train.py: rank {victim}: data.shards=x: the fault of this test; give another" in other
+    assert "Traceback" not in own + other
+    ended = [(tmp_path / f"{one.name}.code").stat().st_mtime for one in runs]
+    assert abs(ended[0] - ended[1]) < 15, "the other waited"
+    check_resume(tmp_path, settings, step=5)
+
+
 @pytest.mark.slow
 @pytest.mark.faults("X7")
 def test_a_first_rank_that_draws_for_longer_than_the_time_out_is_waited_for(settings, tmp_path):

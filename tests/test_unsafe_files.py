@@ -22,6 +22,7 @@ from audiossl import load
 from audiossl.__main__ import main
 from audiossl.checkpoints.atomic import AtomicCheckpointIO
 from audiossl.config.cli import launch
+from audiossl.config.fields import check_target
 from audiossl.config.settings import plain_config
 from audiossl.config.specs import SPECS
 from audiossl.errors import UserError
@@ -194,3 +195,11 @@ def test_hyper_parameters_that_name_an_instantiator_are_passed_over(honest, tmp_
         torch.save(content, path)
     fits.run(tmp_path / "run", *SMALL, "trainer.max_steps=3", ckpt="last")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.faults("S4")
+def test_a_package_of_the_users_own_is_refused_with_the_place_where_a_method_goes():
+    with pytest.raises(UserError, match=r"theirs\.Method: is not allowed; .* into audiossl/methods/ and conf/model/"):
+        check_target("model._target_", "theirs.Method")
+    with pytest.raises(UserError, match=r"timm$"):
+        check_target("frontend._target_", "theirs.FrontEnd")

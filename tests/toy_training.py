@@ -17,8 +17,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+from processes import Patience
+
+READY = "ready\n"  # what a server says when its imports are done
 DEFAULTS = {
     "steps": 8,
     "accumulate": 2,
@@ -47,17 +51,30 @@ class Run:
 
     def _read(self, what: str, seconds: float = 60.0) -> str:
         file = self.folder / f"{self.name}.{what}"
-        end = time.monotonic() + seconds
-        while not (file.exists() and file.read_text().endswith("\n")):
-            if time.monotonic() > end:
-                os.killpg(int((self.folder / f"{self.name}.pid").read_text()), signal.SIGKILL)
-                raise AssertionError(f"{file.name} did not come in {seconds} s:\n{self.output()}")
-            time.sleep(0.01)
+        self._wait_until(lambda: file.exists() and file.read_text().endswith("\n"), seconds, file.name)
         return file.read_text().strip()
+
+    def _wait_until(self, is_there: Callable[[], bool], seconds: float, what: str) -> None:
+        """Wait for as long as the run works; one that stands still for `seconds` is killed and shown."""
+        patience, code = Patience(seconds), self.folder / f"{self.name}.code"
+        while True:
+            has_ended = code.exists()
+            if is_there():
+                return
+            assert not has_ended or what == code.name, f"{what} did not come before the end:\n{self.output()}"
+            if patience.is_lost(self.pid):
+                os.killpg(self.pid, signal.SIGKILL)
+                raise AssertionError(f"{what} did not come, and nothing moved for {seconds} s:\n{self.output()}")
+            time.sleep(0.005)
 
     @property
     def pid(self) -> int:
-        return int(self._read("pid"))
+        """Give the process, which is also its group; the server forks it whenever the machine lets it."""
+        file, code = self.folder / f"{self.name}.pid", self.folder / f"{self.name}.code"
+        while not (file.exists() and file.read_text().endswith("\n")):
+            assert not code.exists() or file.exists(), f"it ended before it began:\n{self.output()}"
+            time.sleep(0.005)
+        return int(file.read_text())
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -73,10 +90,7 @@ class Run:
         return file.read_text().splitlines() if file.exists() else []
 
     def wait_for_steps(self, count: int) -> None:
-        end = time.monotonic() + 60
-        while len(self.losses()) < count:
-            assert time.monotonic() < end, self.output()
-            time.sleep(0.005)
+        self._wait_until(lambda: len(self.losses()) >= count, 60.0, f"step {count}")
 
     def weights(self) -> str:
         return self._read("weights")
@@ -89,11 +103,13 @@ class Toys:
 
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, self.script]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+        how = dict(text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.server = subprocess.Popen([sys.executable, self.script], **how)
         self.count = 0
 
     def start(self, run_dir: Path, environment: dict[str, str] | None = None, **options) -> Run:
+        if self.count == 0:  # its imports take as long as the machine is busy, and no run's time
+            assert READY in iter(self.server.stdout.readline, ""), "the server of the runs did not come up"
         run_dir.mkdir(parents=True, exist_ok=True)
         self.count += 1
         run = Run(run_dir, f"run{self.count}")
@@ -138,6 +154,9 @@ def serve() -> None:
     import audiossl.training  # noqa: F401
 
     gc.freeze()  # forks share the memory of what is there now
+    sys.stdout.write(READY)
+    sys.stdout.flush()
+    os.dup2(2, 1)  # nobody reads on
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:
@@ -171,7 +190,9 @@ def supervise(job: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ.update(job["environment"])
+        given = os.environ | job["environment"]
+        os.environ.clear()
+        os.environ.update({variable: value for variable, value in given.items() if value is not None})
         (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
         if job["options"].get("fit"):
             import fits

@@ -21,6 +21,8 @@ import time
 import traceback
 from pathlib import Path
 
+READY = "ready\n"  # what the server says when its imports are done
+
 
 class Process:
     """A started script, used as `subprocess.Popen` is; its output is on `communicate` only."""
@@ -31,7 +33,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        return int(self._read("pid", 60))
+        return int(self._read("pid", None))
 
     def poll(self) -> int | None:
         if (
@@ -77,9 +79,14 @@ class Server:
         self.folder = tempfile.TemporaryDirectory(prefix="warm")
         self.numbers = itertools.count()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=environment)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
+        self.is_ready = False
 
     def start(self, script: Path, arguments: list[str], cwd: Path, environment: dict[str, str]) -> Process:
+        if not self.is_ready:  # its imports take as long as the machine is busy, and no command's time
+            assert READY in iter(self.process.stdout.readline, ""), "the server of the commands did not come up"
+            self.is_ready = True
         place = Path(self.folder.name, str(next(self.numbers)))
         place.mkdir()
         (place / "output").touch()
@@ -110,6 +117,9 @@ def serve() -> None:
     import audiossl.tuning.runs  # noqa: F401
 
     gc.freeze()  # forks share the memory of what is there now
+    sys.stdout.write(READY)
+    sys.stdout.flush()
+    os.dup2(2, 1)  # nobody reads on
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

@@ -114,21 +114,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], check: Calla
     sync_folder(path.parent)
 
 
-def prepare_folder(folder: Path, module: torch.nn.Module) -> None:
-    """Make `folder`, tidy it and try it out; raises `UserError` where not even the weights of `module` have room."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    write_atomically(folder / ".writable", lambda file: None)
-    (folder / ".writable").unlink()
-    sizes = {value.data_ptr() or id(value): value.nbytes for value in (*module.parameters(), *module.buffers())}
-    free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
-    if free < needed:
-        raise UserError(
-            f"{folder}: {free} bytes are free on its filesystem, and a checkpoint takes {needed} and more (the "
-            "optimiser's state); make room, or write elsewhere: hydra.run.dir=..."
-        )
-
-
 def link_or_copy(source: Path, target: Path) -> None:
     """Let `target` become another name of `source`, atomically; a copy where the filesystem has no hard links."""
     if target.exists() and target.samefile(source):

@@ -23,6 +23,7 @@ from audiossl.sharded.folders import SEAL, is_sharded, problem_of, read_seal
 log = logging.getLogger(__name__)
 
 NO_WAY = "nothing lets a run resume from it"
+_STEP = re.compile(r"(?:best-)?step=(\d+)")
 REQUIRED = ("state_dict", "loops", "global_step", "optimizer_states", "lr_schedulers")
 
 
@@ -46,6 +47,20 @@ def is_valid(path: str | Path) -> str | None:
     except OSError as error:
         return f"unreadable ({error.strerror})"
     return None if valid else what
+
+
+def set_aside_later_than(folder: Path, step: int) -> None:
+    """Rename the checkpoints of a future that a run, resumed from an earlier step, will not have."""
+    for path in folder.glob("*.ckpt"):
+        found = _STEP.match(path.name)
+        try:
+            later = (int(found[1]) if found else step_of(path)) > step
+        except Exception as error:  # whatever a file of somebody else's may be, it is none of ours to move
+            log.warning("%s: left alone: %s", path, error)
+            continue
+        if later:
+            path.replace(f"{path}.superseded")
+            log.warning("%s: saved after step %d, from where this run goes on; renamed to *.superseded", path, step)
 
 
 def lower_is_better(metric: str) -> bool:

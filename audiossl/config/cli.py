@@ -256,6 +256,10 @@ def _check_folder(cfg: DictConfig, composer: Composer) -> None:
     folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give another folder with name=... or hydra.run.dir=...")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+        raise UserError(f"{folder}: cannot be written, {there} takes no files; write elsewhere: {key}=...")
     if is_sweep and is_ours(cfg):
         check_sweep(cfg, composer.points)
         return

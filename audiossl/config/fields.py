@@ -136,8 +136,10 @@ def check_target(key: str, target: str, allowed: tuple[str, ...] = TARGETS) -> N
     is_private = any(part.startswith("_") for part in target.split(".")) and allowed is TARGETS
     is_class = last[:1].isupper()
     if not target.startswith(allowed) or is_private or not is_class:
+        own = "; one of your own goes into audiossl/methods/ and conf/model/ (README, Adding a method)"
         raise UserError(
             f"{key}={target}: is not allowed; a config may build classes of {', '.join(a[:-1] for a in allowed)}"
+            f"{own if key == 'model._target_' else ''}"
         )
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from audiossl.checkpoints.room import bytes_of
 from audiossl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ class Averaging(Callback):
     def averages(self) -> dict[str, nn.Module]:
         """Give the averaged method under the name `swa`, once there is a snapshot."""
         return {} if self.model is None or not int(self.model.n_averaged) else {"swa": self.model.module}
+
+    @property
+    def bytes_to_save(self) -> int:
+        """Count what the average will add to a checkpoint, once there is a snapshot."""
+        return 0 if self.model is None else bytes_of(self.model.module.state_dict().values())
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.first_step < math.inf and self.model is None:

@@ -14,6 +14,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|timed? ?out|socket|nccl|gloo|peer", re.I)
 LISTEN_SECONDS = 5.0  # for what the other ranks have to say
+_MISTAKE = f"{UserError.__name__}: "
 
 
 class LastWords(Callback):
@@ -39,6 +42,7 @@ class LastWords(Callback):
     def __init__(self, folder: Path, timeout_seconds: float):
         self.folder, self.timeout_seconds = Path(folder) / "ranks", timeout_seconds
         self.place = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.users_error: str | None = None  # that another rank met, and this one lost its connection by
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -67,7 +71,9 @@ class LastWords(Callback):
         if not is_lost and not is_agreed:
             log.error("rank %d failed: %s", trainer.global_rank, words)
         if is_lost:
-            log.error("rank %d: %s", trainer.global_rank, self._blame(trainer))
+            blame = self._blame(trainer)
+            if self.users_error is None:
+                log.error("rank %d: %s", trainer.global_rank, blame)
             _end_children(trainer)
 
     def _rearm(self, trainer: pl.Trainer) -> None:
@@ -91,6 +97,9 @@ class LastWords(Callback):
             time.sleep(0.1)
             said = self._heard(trainer)
         spoken = {rank: s["words"] for rank, s in said.items() if s["words"]}
+        mistakes = {rank: words for rank, words in spoken.items() if words.startswith(_MISTAKE)}
+        if spoken and len(mistakes) == len(spoken):
+            self.users_error = "; ".join(f"rank {r}: {words.removeprefix(_MISTAKE)}" for r, words in mistakes.items())
         if spoken:
             return "; ".join(f"rank {rank} failed first: {words}" for rank, words in spoken.items())
         silent = [f"rank {r} (process {s['pid']} on {s['host']})" for r, s in said.items() if s["words"] is None]
@@ -106,6 +115,18 @@ class LastWords(Callback):
         unknown = {"host": "an unknown host", "pid": 0, "words": None}
         files = {rank: self._file(rank) for rank in others}
         return {rank: json.loads(file.read_text()) if file.exists() else unknown for rank, file in files.items()}
+
+
+@contextmanager
+def users_errors_of_all_ranks(callbacks: list[Any]) -> Iterator[None]:
+    """Raise what another rank met as a `UserError` here too, instead of the connection that was lost by it."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = next((c.users_error for c in callbacks if isinstance(c, LastWords)), None)
+        if said is None:
+            raise
+        raise UserError(said) from error
 
 
 def _end_children(trainer: pl.Trainer) -> None:

@@ -31,23 +31,18 @@ log = logging.getLogger(__name__)
 class MetricsCsv(Logger):
     """Keep one row a step in `folder/metrics.csv`: floats in full precision, one column a metric.
 
-    A new column rewrites the file; otherwise only the last row, which may still grow, and what follows it are written.
-    `start_at(step)` drops the rows of steps that a resumed run is about to do again.
+    Only the last row, which may still grow, is held in memory: it and what follows it are written over. A new column,
+    or a number of an earlier step, rewrites the file. `start_at(step)` drops the rows of steps that a resumed run is
+    about to do again.
     """
 
     def __init__(self, folder: Path):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.columns: list[str] = ["step"]
-        self.rows: dict[int, dict[str, str]] = {}
-        self._tail: tuple[int, int] | None = None  # (step, byte offset) of the last row on disk
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or ["step"])
-                for row in reader:
-                    if (row.get("step") or "").isdigit() and None not in row.values():
-                        self.rows[int(row["step"])] = {k: v for k, v in row.items() if v}
+        self._rows: dict[int, dict[str, str]] = {}  # which the file does not have yet, and its last
+        self._tail: tuple[int, int] | None = None  # (step, byte offset) of the last row on disk; None: write it anew
+        self._read()
 
     @property
     def name(self) -> str:
@@ -64,14 +59,13 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def start_at(self, step: int) -> None:
         """Forget the rows from `step` on: their updates were lost with the run that wrote them."""
-        self.rows = {s: row for s, row in self.rows.items() if s < step}
-        self._tail = None
-        self._rewrite()
+        self._rows = {s: row for s, row in self._rows.items() if s < step}
+        self._rewrite({s: row for s, row in self._read().items() if s < step})
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = 0 if step is None else int(step)
-        row = self.rows.setdefault(step, {"step": str(step)})
+        row = self._rows.setdefault(step, {"step": str(step)})
         row |= {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
         new = [k for k in row if k not in self.columns]
         self.columns += new
@@ -81,32 +75,44 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         if self._tail is None:
-            self._rewrite()
+            self._rewrite(self._read())
             return
-        step, offset = self._tail
         with open(self.path, "r+", newline="") as file:
-            file.seek(offset)
-            self._write_rows(file, [s for s in self.rows if s >= step])
+            file.seek(self._tail[1])
+            self._write_rows(file, self._rows)
             file.truncate()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
 
-    def _rewrite(self) -> None:
+    def _read(self) -> dict[int, dict[str, str]]:
+        """Give the rows of the file, but for one that a kill has cut; its columns join ours."""
+        if not self.path.exists():
+            return {}
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            self.columns = list(dict.fromkeys([*(reader.fieldnames or ["step"]), *self.columns]))
+            whole = (row for row in reader if (row.get("step") or "").isdigit() and None not in row.values())
+            return {int(row["step"]): {k: v for k, v in row.items() if v} for row in whole}
+
+    def _rewrite(self, rows: dict[int, dict[str, str]]) -> None:
+        for step, row in self._rows.items():
+            rows[step] = rows.get(step, {}) | row
         part = self.path.with_suffix(".csv.part")
         with open(part, "w", newline="") as file:
             csv.DictWriter(file, self.columns).writeheader()
             file.flush()
-            self._write_rows(file, list(self.rows))
+            self._write_rows(file, rows)
         os.replace(part, self.path)
 
-    def _write_rows(self, file: IO[str], steps: list[int]) -> None:
+    def _write_rows(self, file: IO[str], rows: dict[int, dict[str, str]]) -> None:
         writer = csv.DictWriter(file, self.columns)
-        for step in sorted(steps):
+        for step in sorted(rows):
             file.flush()
             self._tail = (step, file.tell())
-            writer.writerow(self.rows[step])
+            writer.writerow(rows[step])
+        self._rows = {step: row for step, row in rows.items() if step == self._tail[0]} if rows else {}
 
 
 @contextmanager
