@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.cluster.submitted import ask_for_our_signal, comes_back
+from audiossl.config.commands import refuse_plan_of
 from audiossl.config.fields import Spec, UnknownKeyError
 from audiossl.config.overrides import Composer, written_in
 from audiossl.config.secrets import mask, mask_log, mask_said, mask_what_hydra_wrote
@@ -155,15 +156,6 @@ def _plan(program: str, config_name: str, planned: list[tuple[list[str], dict[st
     from audiossl.planning.dryrun import show
 
     return show(program, planned)
-
-
-def refuse_plan_of(config_name: str) -> None:
-    """Raise `UserError` where dry_run=true is asked of a command that cannot be planned."""
-    if config_name != "train":
-        raise UserError(
-            f"dry_run=true: {config_name}.py cannot be planned; how many steps and folds there are is up to the "
-            "labelled set. Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
-        )
 
 
 def _check(

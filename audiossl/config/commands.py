@@ -1,4 +1,4 @@
-"""Which settings of a probe or a fine-tuning make sense together?"""
+"""Which settings of a command make sense together, and which can it not take at all?"""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def check_global_batch(values: Mapping[str, object]) -> None:
         f"trainer.accumulate_grad_batches={accumulate} is {found} clips a step; take "
         f"{' or '.join([*ways, f'global_batch={found} (another recipe: null asks for none)'])}"
     )
+
+
+def refuse_plan_of(config_name: str) -> None:
+    """Raise `UserError` where dry_run=true is asked of a command that cannot be planned."""
+    if config_name != "train":
+        raise UserError(
+            f"dry_run=true: {config_name}.py cannot be planned; how many steps and folds there are is up to the "
+            "labelled set. Try a few steps with trainer.max_epochs=null trainer.max_steps=20"
+        )
 
 
 def check_finetuning(values: Mapping[str, object]) -> None:
