@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiossl.cluster.allocation import Allocation
-from audiossl.config.cli import CONF, first_lines, refuse_plan_of
+from audiossl.config.cli import CONF, first_lines
+from audiossl.config.commands import refuse_plan_of
 from audiossl.config.overrides import Composer, has_key, settle_runtime
 from audiossl.config.settings import check
 from audiossl.config.specs import SPECS
