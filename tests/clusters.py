@@ -156,7 +156,18 @@ class Cluster:
         Not at once: a start within a second of the requeue fails, the nodes having revoked the job's credential.
         """
         time.sleep(3)
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self._update(f"JobId={job}", "StartTime=now", unless="no longer pending")  # it may have started by itself
+
+    def repair_node(self, name: str) -> None:
+        """Start the daemon of a node that is down, and let the node work again."""
+        self.start_node(name)
+        self._update(f"NodeName={name}", "State=RESUME", unless="Invalid node state")  # it may have come back by itself
+
+    def _update(self, *words: str, unless: str) -> None:
+        done = subprocess.run(
+            ["scontrol", "update", *words], env=self.environment, text=True, capture_output=True, timeout=60
+        )
+        assert done.returncode == 0 or unless in done.stderr, f"scontrol update {' '.join(words)}: {done.stderr}"
 
     def stop(self) -> None:
         """Cancel all jobs and end the daemons that this cluster started."""
