@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.hydra_config import HydraConfig
 
 SECRET_WORDS = r"(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|private|auth)_?key)"
 SECRET_KEY = re.compile(rf"(^|_){SECRET_WORDS}$", re.I)
@@ -81,6 +80,8 @@ def mask_log(record: logging.LogRecord) -> bool:
 
 def mask_what_hydra_wrote() -> None:
     """Take secrets that stood on the command line out of the job's `.hydra` folder."""
+    from hydra.core.hydra_config import HydraConfig  # a loader's worker masks too, and needs none of it
+
     job = HydraConfig.get()
     for path in Path(job.runtime.output_dir, job.output_subdir or "").glob("*.yaml") if job.output_subdir else ():
         try:
