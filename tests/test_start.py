@@ -25,7 +25,7 @@ def exports(tmp_path_factory):
 def starting_point(config, folder, seed, *, clip_seconds):
     folder.mkdir(exist_ok=True)
     path = start_of(config, folder, seed)
-    write_start(config, path, seed, clip_seconds=clip_seconds)
+    write_start(config, path, seed, clip_seconds=clip_seconds, keep=config["ckpt"] is not None)
     return load_encoder(path)
 
 

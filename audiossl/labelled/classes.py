@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,11 @@ def classes_of(columns: Columns, classes: str | list[str] | None, where: str | N
             raise UserError(
                 f"task.classes={classes}: no such file; a list such as [dog,rain], or a file, a name a line"
             )
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"task.classes={classes}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        classes = [line.strip() for line in lines if line.strip()]
     if classes is None:
         classes = sorted(found, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     classes = [str(name) for name in classes]
@@ -58,6 +63,12 @@ def classes_of(columns: Columns, classes: str | list[str] | None, where: str | N
         )
     if len(set(classes)) < len(classes):
         raise UserError("task.classes: a class is named twice")
+    forms: dict[str, str] = {}
+    for name in classes:
+        if forms.setdefault(normalize("NFC", name), name) != name:
+            raise UserError(
+                f"{where}: two labels look like '{name}' and differ in how Unicode spells it (NFC, NFD); write one form"
+            )
     if len(classes) < 2:
         raise UserError(f"{where}: {len(classes)} class ({', '.join(classes)}); there is nothing to tell apart")
     return classes

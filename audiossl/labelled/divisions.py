@@ -7,6 +7,7 @@ hash of their keys, so that it is the same share everywhere.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -17,6 +18,8 @@ from audiossl.errors import UserError
 
 if TYPE_CHECKING:
     from audiossl.labelled.columns import Columns
+
+log = logging.getLogger(__name__)
 
 USUAL = {
     "train": ("train", "training", "dev", "development"),
@@ -88,6 +91,7 @@ def _by_fold(
         raise UserError(f"task.folds={folds}: there is no fold {absent[0]}; the set has {there}")
     if len(there) < 2 + (validation == "next"):
         raise UserError(f"the set has only the folds {there}: too few to test on one and train on others")
+    _say_left_out(numbers >= 0, "in no fold")
     divisions = []
     for fold in there if folds is None else folds:
         tested, held_out = numbers == fold, np.zeros(len(numbers), bool)
@@ -103,6 +107,7 @@ def _by_split(columns: Columns, names: dict[str, list[str] | None]) -> list[NDAr
     there = sorted(columns.splits[code] for code in np.unique(columns.split).tolist() if code >= 0)
     parts = []
     for part, given in names.items():
+        given = None if given is None else [str(name) for name in given]  # of a column of numbers
         if absent := sorted(set(given or ()) - set(there)):
             raise UserError(f"task.{part}_splits={given}: there is no split '{absent[0]}'; the set has {there}")
         wanted = USUAL[part] if given is None else given
@@ -111,7 +116,13 @@ def _by_split(columns: Columns, names: dict[str, list[str] | None]) -> list[NDAr
             raise UserError(f"no clip to {part} on: the splits are {there}; name them with task.{part}_splits=[...]")
     if (np.sum(parts, axis=0) > 1).any():
         raise UserError(f"task.*_splits={names}: a split is in two of them")
+    _say_left_out(np.sum(parts, axis=0) > 0, f"in none of the splits for training, validation and test ({there})")
     return [np.flatnonzero(part) for part in parts]
+
+
+def _say_left_out(used: NDArray[np.bool_], where: str) -> None:
+    if not used.all():
+        log.warning("%d of %d clips are left out: they are %s", (~used).sum(), len(used), where)
 
 
 def _hold_out(division: Division, keys: Sequence[str], share: float | None) -> Division:

@@ -6,18 +6,19 @@ as usual.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from audiossl.errors import UserError
+from audiossl.labelled.cells import CONTROL, fold_of, lines_of, open_table, plain
 from audiossl.labelled.rows import Event, Row
 from audiossl.sound import ffmpeg
 from audiossl.sound.audio import extension_of
 
+A_SPLIT = "; a column of names is a split: task.split=COLUMN"
 EVENT_COLUMNS = ("filename", "onset", "offset", "event_label")
 
 
@@ -36,8 +37,8 @@ def read_table(
     The usual ones: `label`, else `labels`; and, where neither is named, `fold`, else `split`. Cells of several labels
     are split at `separator`. Raises `UserError` for a file, column or line that cannot be meant.
     """
-    lines = list(_lines(path))
-    header = list(lines[0][1]) if lines else []
+    with open_table(path) as (header, found):
+        lines = list(found)
     labels = label or next((name for name in ("label", "labels") if name in header), None)
     if split is None and fold is None:
         fold = "fold" if "fold" in header else None
@@ -45,16 +46,22 @@ def read_table(
     for key, column in (("filename", filename), ("label", labels or "label"), ("split", split), ("fold", fold)):
         if column is not None and column not in header:
             raise UserError(f"{path}: no column '{column}'; it has {', '.join(header)}: choose with task.{key}=COLUMN")
-    rows = []
+    if not lines:
+        raise UserError(f"{path}: names columns and no recording")
+    rows: dict[str, Row] = {}
+    numbers: dict[str, int] = {}
     for number, line in lines:
-        cell = line[labels]
+        where = f"{path} line {number}"
+        cell = plain(line[labels], f"{where}: {labels}")
         parts = (part.strip() for part in (cell.split(separator) if separator else [cell]))
-        name = _relative(line[filename], audio_folder, f"{path} line {number}")
-        where = f"{path} line {number}: {fold or 'fold'}"
-        found = tuple(dict.fromkeys(filter(None, parts)))
-        rows.append(Row(name, found, split and line[split] or None, _fold(line[fold], where) if fold else None))
-    _refuse_twins(path, [row.filename for row in rows])
-    return rows
+        name = _relative(line[filename], audio_folder, where)
+        if numbers.setdefault(name, number) != number:
+            way_out = f"give each recording one line, its labels between '{separator}'" if separator else "keep one"
+            raise UserError(f"{where}: '{name}' is listed twice, first in line {numbers[name]}; {way_out}")
+        of_split = plain(line[split], f"{where}: {split}") or None if split else None
+        of_fold = fold_of(line[fold], f"{where}: {fold}", A_SPLIT) if fold else None
+        rows[name] = Row(name, tuple(dict.fromkeys(filter(None, parts))), of_split, of_fold)
+    return list(rows.values())
 
 
 def read_events(root: Path, *, audio_folder: str, tables: list[Path]) -> list[Row]:
@@ -66,7 +73,7 @@ def read_events(root: Path, *, audio_folder: str, tables: list[Path]) -> list[Ro
     events: dict[tuple[str, str], list[Event]] = {}
     for table in tables:
         split = table.stem
-        for number, line in _lines(table):
+        for number, line in lines_of(table):
             where = f"{table} line {number}"
             if absent := [column for column in EVENT_COLUMNS if column not in line]:
                 raise UserError(f"{table}: no column '{absent[0]}'; DCASE's has {', '.join(EVENT_COLUMNS)}")
@@ -76,7 +83,7 @@ def read_events(root: Path, *, audio_folder: str, tables: list[Path]) -> list[Ro
             elif line["onset"] or line["offset"]:
                 raise UserError(f"{where}: an event without a label")
         durations = table.with_name(f"{split}_durations.tsv")
-        for number, line in _lines(durations) if durations.is_file() else ():
+        for number, line in lines_of(durations) if durations.is_file() else ():
             events.setdefault((split, _relative(line["filename"], audio_folder, f"{durations} line {number}")), [])
     for split, name in _silent(root, {split for split, _ in events}):
         events.setdefault((split, name), [])
@@ -112,14 +119,14 @@ def audio_named(root: Path, folder: Path) -> dict[str, str]:
 def _silent(root: Path, splits: set[str]) -> Iterator[tuple[str, str]]:
     """Find the recordings that meta.csv gives to one of the splits."""
     path = root / "meta.csv"
-    for number, line in _lines(path) if path.is_file() else ():
+    for number, line in lines_of(path) if path.is_file() else ():
         if line.get("split") in splits and line.get("filename"):
             yield line["split"], _relative(line["filename"], "", f"{path} line {number}")
 
 
 def _event(line: dict[str, str], where: str) -> Event:
     try:
-        event = Event(float(line["onset"]), float(line["offset"]), line["event_label"])
+        event = Event(float(line["onset"]), float(line["offset"]), plain(line["event_label"], where))
     except ValueError:
         raise UserError(f"{where}: onset '{line['onset']}', offset '{line['offset']}': give seconds") from None
     if not (math.isfinite(event.offset_seconds) and 0 <= event.onset_seconds < event.offset_seconds):
@@ -127,39 +134,11 @@ def _event(line: dict[str, str], where: str) -> Event:
     return event
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells, by column, of every line that is not empty."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = csv.reader(file, delimiter="\t" if "\t" in first else ",")
-            header = [name.strip() for name in next(rows, [])]
-            if repeated := [name for name, times in Counter(header).items() if times > 1]:
-                raise UserError(f"{path} has the column '{repeated[0]}' more than once")
-            for values in rows:
-                if not any(values):
-                    continue
-                if len(values) != len(header):
-                    raise UserError(f"{path} line {rows.line_num}: {len(values)} values for {len(header)} columns")
-                yield rows.line_num, dict(zip(header, (value.strip() for value in values), strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}: not a table ({error})") from error
-
-
 def _relative(name: str, folder: str, where: str) -> str:
     path = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
-    if not name or path.startswith(("/", "../")):
-        raise UserError(f"{where}: '{name}' is no file below the set's folder")
+    if not name or path.startswith(("/", "../")) or CONTROL.search(name):
+        raise UserError(f"{where}: {name!r} is no file below the set's folder")
     return path
-
-
-def _fold(text: str, where: str) -> int | None:
-    if text and not text.isdecimal():
-        raise UserError(
-            f"{where} '{text}' is not a number 0, 1, 2 ...; a column of names is a split: task.split=COLUMN"
-        )
-    return int(text) if text else None
 
 
 def _refuse_twins(path: Path, names: list[str]) -> None:

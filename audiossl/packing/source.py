@@ -4,7 +4,6 @@ A pure function of the folder's names, sizes and `meta.csv`, so that an interrup
 AudioSet's layout is another `Source`, in `audiosetfiles`.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from audiossl.errors import UserError
+from audiossl.labelled.cells import fold_of, open_table, plain
 from audiossl.sound import ffmpeg
 from audiossl.sound.audio import MAX_SECONDS, AudioError, extension_of, probe
 
@@ -161,32 +161,24 @@ def _audio_files(folder: Path) -> list[Clip]:
 
 
 def _read_table(path: Path, found: dict[str, Clip], source: Source) -> None:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        header = [name.strip() for name in next(rows, [])]
+    with open_table(path) as (header, lines):
         if "filename" not in header:
             raise UserError(f"{path} has no column 'filename' (it has: {', '.join(header)})")
-        if repeated := [name for name, times in Counter(header).items() if times > 1]:
-            raise UserError(f"{path} has the column '{repeated[0]}' more than once")
         special = {"filename", "split", "fold", "labels" if "labels" in header else "label"}
         source.extra_columns = tuple(name for name in header if name not in special)
         seen: set[str] = set()
-        for values in rows:
-            if not any(values):
-                continue
-            if len(values) != len(header):
-                raise UserError(f"{path} line {rows.line_num}: {len(values)} values for {len(header)} columns")
-            row = dict(zip(header, (value.strip() for value in values), strict=True))
+        for number, row in lines:
+            where = f"{path} line {number}"
             name = os.path.normpath(row["filename"]).replace(os.sep, "/")
             if name in seen:
-                raise UserError(f"{path} line {rows.line_num}: '{name}' is listed twice")
+                raise UserError(f"{where}: '{name}' is listed twice")
             seen.add(name)
             clip = found.pop(name, None) or _unusual(source.folder, name)
             if isinstance(clip, str):
                 source.rejected.append((row["filename"], clip))
                 continue
-            clip.labels, clip.split = _labels(row), row.get("split") or None
-            clip.fold = _fold(row.get("fold", ""), path, rows.line_num)
+            clip.labels, clip.split = _labels(row, where), plain(row.get("split", ""), f"{where}: split") or None
+            clip.fold = fold_of(row.get("fold", ""), f"{where}: fold")
             clip.extra = tuple(row[column] for column in source.extra_columns)
             source.clips.append(clip)
 
@@ -203,18 +195,11 @@ def _unusual(folder: Path, name: str) -> Clip | str:
     return Clip(name, status.st_size, status.st_mtime_ns)
 
 
-def _labels(row: dict[str, str]) -> tuple[str, ...]:
+def _labels(row: dict[str, str], where: str) -> tuple[str, ...]:
     if "labels" in row:
-        return tuple(dict.fromkeys(label.strip() for label in row["labels"].split(";") if label.strip()))
-    return (row["label"],) if row.get("label") else ()
-
-
-def _fold(text: str, path: Path, line: int) -> int | None:
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise UserError(f"{path} line {line}: fold '{text}' is not a number 0, 1, 2 ...")
-    return int(text)
+        cell = plain(row["labels"], f"{where}: labels")
+        return tuple(dict.fromkeys(label.strip() for label in cell.split(";") if label.strip()))
+    return (plain(row["label"], f"{where}: label"),) if row.get("label") else ()
 
 
 def name_keys(clips: list[Clip]) -> None:

@@ -29,7 +29,7 @@ from audiossl.running.ranks import is_first_rank, others_wait
 from audiossl.tasks import Task, load_task
 from audiossl.training import fit as train
 from audiossl.tuning.judging import check_kind, classifier_of, judge_fold
-from audiossl.tuning.predictions import read_tested
+from audiossl.tuning.predictions import ARRAYS, read_tested
 from audiossl.tuning.start import start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
@@ -58,21 +58,31 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     run_dir, testing = Path(config["run_dir"]), Testing(**config["test"])
     task = load_task(**config["task"])
     if config["model"]["loss"] == "auto":
-        config["model"]["loss"] = "ce" if task.kind == "multiclass" else "bce"
-    _refuse_other(config, task, run_dir)
+        one_of_many = task.kind == "multiclass" and config["model"]["level"] == "clip"
+        config["model"]["loss"] = "ce" if one_of_many else "bce"
+    goes_on = _goes_on(config, task, run_dir)
     _check_test_clips(task, testing)
     if not config["evaluate"]:
         check_kind(config["model"], task)
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        return _fit(config, task, testing, run_dir, goes_on=goes_on)
+    except UserError:
+        if is_first_rank() and not _has_begun(run_dir):
+            (run_dir / SETTINGS).unlink(missing_ok=True)  # it is no run, and the mended command takes the same folder
+        raise
+
+
+def _fit(config: dict[str, Any], task: Task, testing: Testing, run_dir: Path, *, goes_on: bool) -> dict[str, Any]:
     tested = []
     seeds = config["seeds"] or [config["seed"]]
     for seed in seeds:
         start = start_of(config, run_dir, seed)
         with others_wait():
             if is_first_rank():
-                write_start(config, start, seed, clip_seconds=usual_seconds(task))
+                write_start(config, start, seed, clip_seconds=usual_seconds(task), keep=goes_on)
         model = load_encoder(start)
-        if is_first_rank() and seed == seeds[0]:  # what cannot start is no run, and its folder can be used again
+        if is_first_rank() and seed == seeds[0]:
             about = yaml.safe_dump(mask(config) | {"task_hash": task.hash}, sort_keys=False)
             (run_dir / SETTINGS).write_text(about, encoding="utf-8")
         for division in task.divisions:
@@ -83,7 +93,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
                 if config["evaluate"]:
                     method, *known = classifier_of(config, model, task)
                 else:
-                    method, known = _trained(config, model, start, task, division, folder, seed), [None, None]
+                    method, known = _trained(config, model, start, task, division, folder, seed, goes_on), [None, None]
                 with others_wait():
                     if is_first_rank():
                         found = judge_fold(config, testing, method, *known, task, division, folder, seed)
@@ -91,21 +101,34 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
     return write_run(config, task, tested, run_dir, testing) if is_first_rank() else {}
 
 
-def _refuse_other(config: dict[str, Any], task: Task, run_dir: Path) -> None:
-    """Raise `UserError` where a run that goes on was begun with other settings, or on another set."""
+def _goes_on(config: dict[str, Any], task: Task, run_dir: Path) -> bool:
+    """Tell whether the folder's run goes on, so that its start and its index of clips stay.
+
+    One that was begun with other settings, or on another set, does not, and nothing of it is taken. Raises `UserError`
+    where it has trained or tested.
+    """
     path = run_dir / SETTINGS
     if config["ckpt"] is None or not path.is_file():
-        return
+        return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = differing(before, json.loads(json.dumps(mask(config))))
     changed = sorted(k for k in found if f"{k}.".startswith(tuple(f"{d}." for d in DECIDING)) and k not in MAY_CHANGE)
+    is_other_set = before.get("task_hash", task.hash) != task.hash
+    if (changed or is_other_set) and not _has_begun(run_dir):
+        return False
     if changed:
         raise UserError(
             f"ckpt={config['ckpt']}: {run_dir} was begun with other settings ({', '.join(changed[:5])}); give this one "
             "a name=..."
         )
-    if before.get("task_hash", task.hash) != task.hash:
+    if is_other_set:
         raise UserError(f"ckpt={config['ckpt']}: the clips or labels of task={task.name} have changed since {run_dir}")
+    return True
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Tell whether a run has left anything to go on with: a checkpoint, or a fold that was tested."""
+    return any(next(run_dir.rglob(left), None) is not None for left in ("checkpoints/*", ARRAYS))
 
 
 def _check_test_clips(task: Task, testing: Testing) -> None:
@@ -116,7 +139,14 @@ def _check_test_clips(task: Task, testing: Testing) -> None:
 
 
 def _trained(
-    config: dict[str, Any], model: PretrainedEncoder, start: Path, task: Task, division, folder: Path, seed: int
+    config: dict[str, Any],
+    model: PretrainedEncoder,
+    start: Path,
+    task: Task,
+    division,
+    folder: Path,
+    seed: int,
+    goes_on: bool,
 ) -> FineTuning:
     """Train on a division, unless that is done, and give the method with the weights that are to be tested."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +157,7 @@ def _trained(
             f"leave it out of the address and export {QUERY_VARIABLE}, or use a .netrc"
         )
     with others_wait():
-        if is_first_rank() and not index.exists():
+        if is_first_rank() and not (goes_on and index.exists()):
             task.shards_of(division, index)
     engine = _engine_config(config, model, start, index, folder, seed, has_validation=len(division.validation) > 0)
     engine["checkpoint"]["metric"] = _metric(config, task, has_validation=len(division.validation) > 0)

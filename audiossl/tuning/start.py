@@ -36,14 +36,14 @@ def start_of(config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     return folder / (f"start-seed{seed}.safetensors" if has_several else "start.safetensors")
 
 
-def write_start(config: Mapping[str, Any], path: Path, seed: int, *, clip_seconds: float) -> None:
+def write_start(config: Mapping[str, Any], path: Path, seed: int, *, clip_seconds: float, keep: bool) -> None:
     """Open `init`, fitted to the clip length and normalisation that the config asks for, and export it to `path`.
 
     `clip_seconds` is how long the set's clips usually are, for `frontend.seconds=clips`: see `length_for`.
-    `untrained:` before it draws all weights anew, from `seed`. An export that a resumed run finds there stays. Raises
-    `UserError` for what cannot be opened, or cannot be fitted.
+    `untrained:` before it draws all weights anew, from `seed`. `keep`: an export that a resumed run finds there stays.
+    Raises `UserError` for what cannot be opened, or cannot be fitted.
     """
-    if config["ckpt"] is not None and path.exists():
+    if keep and path.exists():
         return
     model = _opened(config["init"].removeprefix(UNTRAINED))
     if config["init"].startswith(UNTRAINED):

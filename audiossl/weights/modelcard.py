@@ -59,6 +59,8 @@ def _what(description: dict[str, Any]) -> str:
         names = description.get("vocabulary") or []
         some = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
         lines.append(f"Its classifier scores {head['num_classes']} classes{some}; encoder.json names them.")
+        if (pooling := description.get("weak_pooling", "none")) != "none":
+            lines.append(f"It scores moments; `clip_logits` pools those of a clip ({pooling}), as in training.")
     return "\n".join(lines)
 
 
