@@ -82,7 +82,7 @@ def test_activations_computed_twice_change_no_number_and_save_memory():
 
 
 def test_the_largest_block_that_is_computed_again_is_counted():
-    """It takes what checkpointing that block alone saves, and the decoder's its input, which it keeps for that alone."""
+    """It takes what checkpointing that block alone saves; and in the decoder its input, which it would not keep."""
     model = audiomae(**SIZES)
     samples = model.frontend.samples_for(model.frontend.frames)
     rows = [block for block in model.modules() if isinstance(block, blocks.Regional)]
