@@ -89,14 +89,16 @@ def run(job: Job, arguments: argparse.Namespace, seconds: float) -> str:
 def steps_table(out: Path) -> list[str]:
     """Make the README's table of the steps that were measured; nothing where there are none."""
     path = out / "step" / "step.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    found = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     lines = []
-    for row in rows:
-        rate, hours = row["rate"][0], AUDIOSET_CLIPS * EPOCHS / row["rate"][0] / 3600
-        cells = [row["method"], f"{rate:.0f}", f"{row['mfu']:.0%}", f"{row['memory'] / 1e9:.1f}", f"{hours:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    head = ["| step | clips/s | MFU | memory, GB | hours of AS-2M x 32 epochs |", "|---|---|---|---|---|"]
-    return [*head, *lines, ""] if lines else []
+    for row in [row for row in found["rows"] if row["part"] == "step"]:
+        (rate, *_), memory = row["rate"], row["memory"]
+        hours, held = AUDIOSET_CLIPS * EPOCHS / rate / 3600, "-" if memory is None else f"{memory / 1e9:.1f}"
+        cells = [row["method"], f"{rate:.{0 if rate >= 100 else 2}f}", f"{row['flops'] / 1e9:.4g}", f"{row['mfu']:.0%}"]
+        lines.append("| " + " | ".join([*cells, held, f"{hours:,.{0 if hours >= 100 else 1}f}"]) + " |")
+    head = ["| step | clips/s | GFLOP | MFU | memory, GB | hours of AS-2M x 32 epochs |", "|---|---|---|---|---|---|"]
+    about = ["Small models on a CPU: these figures show nothing but that it runs.", ""] if found.get("quick") else []
+    return [*about, *head, *lines, ""] if lines else []
 
 
 def write_summary(out: Path, ended: dict[str, str]) -> str:
@@ -107,12 +109,9 @@ def write_summary(out: Path, ended: dict[str, str]) -> str:
     parts = ["# Benchmarks", "", ", ".join(f"{key} {facts[key]}" for key in keys if key in facts), ""]
     parts += [f"- {name}: {how}" for name, how in ended.items()] + ["", *steps_table(out)]
     for name in ended:
-        lines = (
-            (out / f"{name}.txt").read_text().replace("\r", "\n").splitlines()
-            if (out / f"{name}.txt").is_file()
-            else []
-        )
-        shown = [line for line in lines if line.strip() and "it/s" not in line and "%|" not in line]
+        log = out / f"{name}.txt"
+        lines = log.read_text().replace("\r", "\n").splitlines() if log.is_file() else []
+        shown = [line for line in lines if line.strip() and "%|" not in line]
         parts += [f"## {name}", "", "```", *shown, "```", ""]
     text = "\n".join(parts)
     (out / "SUMMARY.md").write_text(text)
