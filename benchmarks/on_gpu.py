@@ -4,7 +4,8 @@ Runs the benchmarks one after the other, the most important first, each in a pro
 time is up; what it had found by then stays in its json. After each, SUMMARY.md is written anew: a table of the training
 steps for the README (clips/s, MFU, memory, hours for AudioSet's 2,084,320 clips times 32 epochs), then each benchmark's
 own output. `--dry-run` does the same on a CPU at tiny sizes. `--wheels` prints what such a machine must be brought, at
-the versions of constraints.txt, beyond torch, torchaudio, lightning, timm and what those need.
+the versions of constraints.txt, beyond torch, torchaudio, lightning, timm and what those need (antlr4 comes as source
+alone: `pip wheel` makes one); --compile needs a C compiler for Triton too.
 """
 
 from __future__ import annotations
@@ -22,15 +23,10 @@ from benchmarks import ROOT
 
 AUDIOSET_CLIPS, EPOCHS = 2_084_320, 32
 WHEELS = {  # distribution: the module that shows whether it is there
-    "hydra-core": "hydra",
-    "omegaconf": "omegaconf",
-    "antlr4-python3-runtime": "antlr4",
-    "soundfile": "soundfile",
-    "cffi": "cffi",
-    "pycparser": "pycparser",
-    "soxr": "soxr",
-    "webdataset": "webdataset",
-    "braceexpand": "braceexpand",
+    **{name: name for name in ("omegaconf", "soundfile", "cffi", "pycparser", "soxr", "einops", "matplotlib", "rich")},
+    **{name: name for name in ("contourpy", "cycler", "kiwisolver", "pyparsing", "six", "mdurl")},
+    **{"hydra-core": "hydra", "antlr4-python3-runtime": "antlr4", "fonttools": "fontTools", "Pygments": "pygments"},
+    **{"python-dateutil": "dateutil", "markdown-it-py": "markdown_it"},
 }
 
 
@@ -61,7 +57,7 @@ JOBS = (
 
 
 def pinned() -> dict[str, str]:
-    """Read the versions of `WHEELS` off constraints.txt; webdataset and its needs are for reading shards elsewhere."""
+    """Read the versions of `WHEELS` off constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if "==" in line)
     return {name: versions[name] for name in WHEELS}
@@ -131,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.wheels:
         print("\n".join(f"{name}=={version}" for name, version in pinned().items()))
         return 0
-    if away := [name for name in missing() if name not in ("webdataset", "braceexpand")]:
+    if away := missing():
         print(f"not installed: {' '.join(f'{name}=={pinned()[name]}' for name in away)}", file=sys.stderr)
         return 2
     arguments.out, arguments.device = arguments.out.resolve(), "cpu" if arguments.dry_run else "cuda"

@@ -1,9 +1,10 @@
 """How fast is a training step, and how near to what the arithmetic allows?
 
 `python -m benchmarks.step` measures front end, network and optimiser of each method from waveforms that lie on the
-device already, in turns with the same step done naively (on a CPU ours is float32 too, as `fp32` is); counts the operations and the bytes kept a clip of the
-published models; and compares patchout, and the local decoder, with what the operations promise. On a CPU the models
-that are timed are small (published lengths, fewer and narrower blocks), on a GPU they are the published ones.
+device already, in turns with the same step done naively (on a CPU ours is float32 as well, so that `x fp32` is near 1);
+counts the operations and the bytes kept a clip of the published models; and compares patchout, and the local decoder,
+with what the operations promise. On a CPU the models that are timed are small (published lengths, fewer and narrower
+blocks), on a GPU they are the published ones. Operations of attention's backward pass include the logits computed anew.
 
     python -m benchmarks.step                                        --quick: a minute or two
     python -m benchmarks.step --device cuda --compile --batch 128    the published sizes
