@@ -21,7 +21,7 @@ def threads_stay_as_they_are():
 
 
 def rows_of(name, folder, capsys, *options):
-    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(folder), *options])
+    importlib.import_module(f"benchmarks.{name}").main(["--quick", *options, "--out", str(folder)])
     found = json.loads((folder / f"{name}.json").read_text())
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
     assert found["benchmark"] == name and found["quick"] and found["device"] and found["command"].endswith(str(folder))
