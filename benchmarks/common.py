@@ -179,25 +179,31 @@ class Report:
     """Print a table row by row, and keep its rows in NAME.json in `arguments.out` as they come.
 
     `columns` map the title of each column to its width; a longer title widens it. Cells are text; `facts` of a row are
-    plain values (and `Spread`s) for the json alone.
+    plain values (and `Spread`s) for the json alone. Where there are several tables (`table`), the rows of all are in
+    the one json, and `part` says whose each is.
     """
 
-    def __init__(self, arguments: argparse.Namespace, columns: Mapping[str, int], title: str | None = None):
+    def __init__(self, arguments: argparse.Namespace, columns: Mapping[str, int] | None = None):
         self.arguments = arguments
-        self.widths = [max(width, len(title)) for title, width in columns.items()]
-        self.columns = list(columns)
         self.rows: list[dict[str, Any]] = []
-        self.cells: list[list[str]] = []
         self.found = machine_of(arguments)
+        if columns is not None:
+            self.table(columns)
+
+    def table(self, columns: Mapping[str, int], title: str | None = None, part: str | None = None) -> None:
+        """Begin a table; what follows goes into it."""
+        self.widths = [max(width, len(name)) for name, width in columns.items()]
+        self.columns, self.part = list(columns), {} if part is None else {"part": part}
+        self.cells: list[list[str]] = []
         if title:
-            say(title)
+            say(f"\n{title}" if self.rows else title)
         say(self._line(self.columns))
 
     def row(self, cells: Iterable[Any], **facts: Any) -> None:
         """Print a row, and write all so far."""
         self.cells.append([str(cell) for cell in cells])
         assert len(self.cells[-1]) == len(self.columns)
-        self.rows.append(facts)
+        self.rows.append(self.part | facts)
         say(self._line(self.cells[-1]))
         self.write()
 
@@ -217,7 +223,7 @@ class Report:
         say(f"{self.path('json')}, {self.path('png').name}")
 
     def markdown(self) -> str:
-        """Give the table in Markdown."""
+        """Give the last table in Markdown."""
         rows = [self.columns, ["---"] * len(self.columns), *self.cells]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 

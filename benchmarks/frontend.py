@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             turns = take_turns(ways, rounds=arguments.rounds, device=device, warm_up=3, bar=bar)
             for name, found in turns.items():
                 ratio, rate = found.times_as_fast_as(turns[LOOP]), found.rate()
-                share = f"{arguments.step_clips_per_second / rate.median:.1%}" if is_gpu else ""
+                share = f"{arguments.step_clips_per_second / rate.median:.1%}" if is_gpu else "-"
                 cells = [name, f"{seconds:g}", f"{rate:.0f}", f"{ratio:.1f}", share]
                 facts = dict(clips_per_second=rate, cpu=found.rate("cpu"), ratio=ratio)
                 report.row(cells, name=name, seconds=seconds, batch=batch, **facts)

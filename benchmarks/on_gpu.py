@@ -4,7 +4,8 @@ Runs the benchmarks one after the other, the most important first, each in a pro
 time is up; what it had found by then stays in its json. After each, SUMMARY.md is written anew: a table of the training
 steps for the README (clips/s, MFU, memory, hours for AudioSet's 2,084,320 clips times 32 epochs), then each benchmark's
 own output. `--dry-run` does the same on a CPU at tiny sizes. `--wheels` prints what such a machine must be brought, at
-the versions of constraints.txt, beyond torch, torchaudio, lightning, timm and what those need.
+the versions of constraints.txt, beyond torch, torchaudio, lightning, timm and what those need (antlr4 comes as source
+alone: `pip wheel` makes one); --compile needs a C compiler for Triton too.
 """
 
 from __future__ import annotations
@@ -22,15 +23,10 @@ from benchmarks import ROOT
 
 AUDIOSET_CLIPS, EPOCHS = 2_084_320, 32
 WHEELS = {  # distribution: the module that shows whether it is there
-    "hydra-core": "hydra",
-    "omegaconf": "omegaconf",
-    "antlr4-python3-runtime": "antlr4",
-    "soundfile": "soundfile",
-    "cffi": "cffi",
-    "pycparser": "pycparser",
-    "soxr": "soxr",
-    "webdataset": "webdataset",
-    "braceexpand": "braceexpand",
+    **{name: name for name in ("omegaconf", "soundfile", "cffi", "pycparser", "soxr", "einops", "matplotlib", "rich")},
+    **{name: name for name in ("contourpy", "cycler", "kiwisolver", "pyparsing", "six", "mdurl")},
+    **{"hydra-core": "hydra", "antlr4-python3-runtime": "antlr4", "fonttools": "fontTools", "Pygments": "pygments"},
+    **{"python-dateutil": "dateutil", "markdown-it-py": "markdown_it"},
 }
 
 
@@ -61,7 +57,7 @@ JOBS = (
 
 
 def pinned() -> dict[str, str]:
-    """Read the versions of `WHEELS` off constraints.txt; webdataset and its needs are for reading shards elsewhere."""
+    """Read the versions of `WHEELS` off constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if "==" in line)
     return {name: versions[name] for name in WHEELS}
@@ -89,14 +85,16 @@ def run(job: Job, arguments: argparse.Namespace, seconds: float) -> str:
 def steps_table(out: Path) -> list[str]:
     """Make the README's table of the steps that were measured; nothing where there are none."""
     path = out / "step" / "step.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    found = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     lines = []
-    for row in rows:
-        rate, hours = row["rate"][0], AUDIOSET_CLIPS * EPOCHS / row["rate"][0] / 3600
-        cells = [row["method"], f"{rate:.0f}", f"{row['mfu']:.0%}", f"{row['memory'] / 1e9:.1f}", f"{hours:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    head = ["| step | clips/s | MFU | memory, GB | hours of AS-2M x 32 epochs |", "|---|---|---|---|---|"]
-    return [*head, *lines, ""] if lines else []
+    for row in [row for row in found["rows"] if row["part"] == "step"]:
+        (rate, *_), memory = row["rate"], row["memory"]
+        hours, held = AUDIOSET_CLIPS * EPOCHS / rate / 3600, "-" if memory is None else f"{memory / 1e9:.1f}"
+        cells = [row["method"], f"{rate:.{0 if rate >= 100 else 2}f}", f"{row['flops'] / 1e9:.4g}", f"{row['mfu']:.0%}"]
+        lines.append("| " + " | ".join([*cells, held, f"{hours:,.{0 if hours >= 100 else 1}f}"]) + " |")
+    head = ["| step | clips/s | GFLOP | MFU | memory, GB | hours of AS-2M x 32 epochs |", "|---|---|---|---|---|---|"]
+    about = ["Small models on a CPU: these figures show nothing but that it runs.", ""] if found.get("quick") else []
+    return [*about, *head, *lines, ""] if lines else []
 
 
 def write_summary(out: Path, ended: dict[str, str]) -> str:
@@ -107,12 +105,9 @@ def write_summary(out: Path, ended: dict[str, str]) -> str:
     parts = ["# Benchmarks", "", ", ".join(f"{key} {facts[key]}" for key in keys if key in facts), ""]
     parts += [f"- {name}: {how}" for name, how in ended.items()] + ["", *steps_table(out)]
     for name in ended:
-        lines = (
-            (out / f"{name}.txt").read_text().replace("\r", "\n").splitlines()
-            if (out / f"{name}.txt").is_file()
-            else []
-        )
-        shown = [line for line in lines if line.strip() and "it/s" not in line and "%|" not in line]
+        log = out / f"{name}.txt"
+        lines = log.read_text().replace("\r", "\n").splitlines() if log.is_file() else []
+        shown = [line for line in lines if line.strip() and "%|" not in line]
         parts += [f"## {name}", "", "```", *shown, "```", ""]
     text = "\n".join(parts)
     (out / "SUMMARY.md").write_text(text)
@@ -132,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.wheels:
         print("\n".join(f"{name}=={version}" for name, version in pinned().items()))
         return 0
-    if away := [name for name in missing() if name not in ("webdataset", "braceexpand")]:
+    if away := missing():
         print(f"not installed: {' '.join(f'{name}=={pinned()[name]}' for name in away)}", file=sys.stderr)
         return 2
     arguments.out, arguments.device = arguments.out.resolve(), "cpu" if arguments.dry_run else "cuda"

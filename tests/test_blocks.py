@@ -12,6 +12,7 @@ from audiossl.errors import UserError
 from audiossl.noise import Noise
 from audiossl.parts import blocks
 from audiossl.planning.cost import cost_of
+from audiossl.planning.memory import memory_of, sizes_of
 
 SIZES = dict(depth=3, decoder="local", decoder_depth=4, drop_path=0.3, width=24, num_heads=2, decoder_dropout=0.1)
 
@@ -78,6 +79,28 @@ def test_activations_computed_twice_change_no_number_and_save_memory():
     costs = [cost_of(m, samples=samples, num_classes=None, half=None) for m in (written, model)]
     assert costs[1].saved_bytes < 0.5 * costs[0].saved_bytes
     assert costs[1].flops_training == costs[0].flops_training
+
+
+def test_the_largest_block_that_is_computed_again_is_counted():
+    """It takes what checkpointing that block alone saves; and in the decoder its input, which it would not keep."""
+    model = audiomae(**SIZES)
+    samples = model.frontend.samples_for(model.frontend.frames)
+    rows = [block for block in model.modules() if isinstance(block, blocks.Regional)]
+    plain = cost_of(model, samples=samples, num_classes=None, half=None)
+    taken = []
+    for block, kept in ((rows[0], 0), (rows[-1], 64 * 16 * 4)):  # of the encoder, of the decoder
+        block.is_checkpointed = True
+        alone = cost_of(model, samples=samples, num_classes=None, half=None)
+        block.is_checkpointed = False
+        taken.append(plain.saved_bytes - alone.saved_bytes + kept)
+        assert alone.recomputed_bytes == taken[-1]
+    blocks.checkpoint_blocks(model)
+    found = cost_of(model, samples=samples, num_classes=None, half=None)
+    assert plain.recomputed_bytes == 0 and found.recomputed_bytes == max(taken)
+    assert all(block.is_checkpointed for block in rows)
+    needs = dict(devices=1, optim={"optimizer": "adamw"}, strategy="auto", is_half=False, remembered_bytes=0)
+    parts = memory_of(sizes_of(model), found, batch_size=3, **needs)
+    assert parts["a block run again"] == 3 * found.recomputed_bytes
 
 
 def test_a_compiler_that_is_not_there_is_one_line(monkeypatch):

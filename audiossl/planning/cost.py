@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from audiossl.batch import Batch
 from audiossl.noise import Noise
+from audiossl.parts.blocks import Regional
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Cost:
 
     tokens: of its spectrogram; encoded: what passes each encoder's first block, class tokens included, all views
     together, by the encoder's name. FLOPs: a multiply-add is 2; forward, and of training. saved_bytes: kept for the
-    backward pass a clip; fixed_bytes: kept whatever the batch (copies of the weights in 16 bit, position biases).
+    backward pass a clip; fixed_bytes: kept whatever the batch (copies of the weights in 16 bit, position biases);
+    recomputed_bytes: what a clip takes besides while the largest of the checkpointed blocks is computed again.
     """
 
     tokens: int | None
@@ -33,6 +35,7 @@ class Cost:
     flops_training: int
     saved_bytes: int
     fixed_bytes: int
+    recomputed_bytes: int = 0
 
 
 def flop_counter() -> FlopCounterMode:
@@ -72,6 +75,7 @@ def cost_of(method: nn.Module, *, samples: int, num_classes: int | None, half: t
     with _saved_by(method) as saved_of_two:
         _loss(method, _clips(method, 2, samples, num_classes), half)
     one, two = sum(saved.values()), sum(saved_of_two.values())
+    again = [_kept_by_blocks(method, _clips(method, count, samples, num_classes), half) for count in (1, 2)]
     return Cost(
         tokens=getattr(method, "tokens_per_clip", None),
         encoded=dict(encoded),
@@ -79,7 +83,39 @@ def cost_of(method: nn.Module, *, samples: int, num_classes: int | None, half: t
         flops_training=whole.get_total_flops(),
         saved_bytes=max(two - one, 0),
         fixed_bytes=max(2 * one - two, 0),
+        recomputed_bytes=max((of_two - of_one for of_one, of_two in zip(*again, strict=True)), default=0),
     )
+
+
+def _kept_by_blocks(method: nn.Module, batch: Batch, half: torch.dtype | None) -> list[int]:
+    """Count the bytes that each pass through a checkpointed block keeps while it is computed again, input left out."""
+    blocks = [m for m in method.modules() if isinstance(m, Regional) and m.is_checkpointed]
+    if not blocks:
+        return []
+    kept: list[int] = []
+    with _saved_by(method) as saved:
+
+        def bytes_with(inputs: tuple) -> int:
+            storages = [t.untyped_storage() for t in inputs if isinstance(t, Tensor)]
+            return sum((saved | {storage.data_ptr(): storage.nbytes() for storage in storages}).values())
+
+        def begin(_: nn.Module, inputs: tuple) -> None:
+            kept.append(-bytes_with(inputs))
+
+        def end(_: nn.Module, inputs: tuple, __: Tensor) -> None:
+            kept[-1] += bytes_with(inputs)
+
+        hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(begin), b.register_forward_hook(end))]
+        try:
+            for block in blocks:
+                block.is_checkpointed = False
+            _loss(method, batch, half)
+        finally:
+            for block in blocks:
+                block.is_checkpointed = True
+            for hook in hooks:
+                hook.remove()
+    return kept
 
 
 def _clips(method: nn.Module, count: int, samples: int, num_classes: int | None) -> Batch:

@@ -90,7 +90,8 @@ def plan_of(
         checkpoint_blocks(method)
     crop = crop_samples(config["data"], method, data.rate_hz)
     samples = -(-crop * frontend.rate_hz // data.rate_hz)
-    heard = (config["model"], config["frontend"], samples, len(vocabulary or ()), precision)
+    ways = (precision, trainer["checkpoint_activations"])
+    heard = (config["model"], config["frontend"], samples, len(vocabulary or ()), *ways)
     num_classes = len(vocabulary) if labels else None
     cost = known.once(("cost", *heard), lambda: cost_of(method, samples=samples, num_classes=num_classes, half=half))
     sizes, run = memory.sizes_of(method), _run(config, data, layout, assume.clips)
@@ -184,13 +185,14 @@ def _memory(
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // min(layout.devices, os.cpu_count() or 1)
     elif is_here:
         has = torch.cuda.get_device_properties(0).total_memory
-    spare = has - (needed - batch_size * cost.saved_bytes)
+    each = cost.saved_bytes + cost.recomputed_bytes
+    spare = has - (needed - batch_size * each)
     return {
         "parts": parts,
         "needed": needed,
         "device": has,
         "device_is": "of this machine" if is_here or layout.accelerator == "cpu" else "assume.memory_gb",
-        "largest_batch_size": max(spare // cost.saved_bytes, 0) if cost.saved_bytes else None,
+        "largest_batch_size": max(spare // each, 0) if each else None,
     }
 
 

@@ -74,6 +74,7 @@ def memory_of(
         parts["DDP's buckets"] = full
     parts["clips remembered"] = remembered_bytes
     parts["kept for backward"] = cost.fixed_bytes + batch_size * cost.saved_bytes
+    parts["a block run again"] = batch_size * cost.recomputed_bytes
     return {name: size for name, size in parts.items() if size}
 
 

@@ -79,6 +79,7 @@ def _memory(plan: Plan) -> list[tuple[str, str, str]]:
         "clips remembered": "mixed with later ones",
         "kept for backward": f"measured on the CPU: {_bytes(clip['saved_bytes'])} a clip x {batch} + "
         f"{_bytes(clip['fixed_bytes'])}",
+        "a block run again": f"trainer.checkpoint_activations; {_bytes(clip['recomputed_bytes'])} a clip x {batch}",
     }
     rows = [(f"  {name}", _bytes(size), notes[name]) for name, size in found["parts"].items()]
     share = f"{found['needed'] / found['device']:.0%} of {_bytes(found['device'])} ({found['device_is']}); "
