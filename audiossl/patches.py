@@ -121,4 +121,6 @@ class PatchEmbed(nn.Module):
         if keep is None:
             return rearrange(self.proj(spectrogram), "b d row column -> b (row column) d")
         patches = patches_at(spectrogram, keep, self.proj.kernel_size, self.proj.stride)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        # no F.linear, for which DeepSpeed's stage 3 puts one of its own that rounds otherwise
+        tokens = torch.addmm(self.proj.bias, patches.flatten(0, 1), self.proj.weight.flatten(1).t())
+        return tokens.unflatten(0, keep.shape)

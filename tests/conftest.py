@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_report_teststatus(report):
     """Say with -v of which faults a test is."""
-    ids = dict(report.user_properties).get("faults")
+    ids = dict(getattr(report, "user_properties", ())).get("faults")  # a file that cannot be collected has none
     if ids and report.when == "call" and report.passed:
         return "passed", ".", f"PASSED ({ids})"
     return None

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fits import assert_same_run, kill_and_go_on, many_clips, run, trace
+from fits import assert_same_run, kill_and_go_on, run, trace
 from methods import settings_of
-from tiny_shards import RATE, audio, clip, data_of, digest, noise, train_batches, write_shards
+from tiny_shards import RATE, audio, clip, data_of, digest, many_clips, noise, train_batches, write_shards
 
 from audiossl.errors import UserError
 from audiossl.loading.clips import ClipDataset, collate

@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from fits import assert_same_run, config_of, run, start, trace
 from methods import settings_of
-from tiny_shards import audio, clip, noise, write_shards
+from tiny_shards import many_clips
 
 from audiossl.checkpoints.files import newest_valid, step_of
 
 KILLS, STEPS, CLIPS = 200, 2000, 4000
 PLACES = ("training_step", "backward", "update", "callback", "logger")
 FLAT = 0.05
-
-
-def many_clips(folder: Path, count: int) -> str:
-    """Write shards of as many clips of a fifth of a second, a hundred a shard."""
-    made = [clip(f"c{i:05d}", audio(noise(i, 1600)), 1600) for i in range(count)]
-    return write_shards(folder, [made[first : first + 100] for first in range(0, count, 100)])
 
 
 @pytest.fixture(scope="module")

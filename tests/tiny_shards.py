@@ -108,3 +108,9 @@ def long_loader(shards: str) -> Iterator[Batch]:
     """Iterate with two workers, for longer than any test."""
     data = data_of(shards, num_workers=2)
     return iter(data.train_loader(rank=0, world_size=1, accumulate=1, start_step=0, max_steps=20_000, seed=0))
+
+
+def many_clips(folder: Path, count: int) -> str:
+    """Write shards of as many clips of a fifth of a second, a hundred a shard."""
+    made = [clip(f"c{i:05d}", audio(noise(i, 1600)), 1600) for i in range(count)]
+    return write_shards(folder, [made[first : first + 100] for first in range(0, count, 100)])
