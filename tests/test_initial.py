@@ -68,7 +68,7 @@ def test_something_else_is_named(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="other.pth.*keys"):
         load_initial_weights(audiomae(), str(tmp_path / "other.pth"))
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="init=.*none.pth: no such file or folder; give"):
         load_initial_weights(audiomae(), str(tmp_path / "none.pth"))
 
 

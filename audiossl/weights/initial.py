@@ -43,6 +43,8 @@ def encoder_weights(source: str, encoder: Encoder) -> Start:
         state, licence = _download(source.removeprefix("timm:"))
         return Start(from_timm(state, encoder), f"ImageNet weights {source}", licence=licence)
     path = Path(source)
+    if not path.exists():
+        raise UserError(f"init={source}: no such file or folder; give a run, a checkpoint, an export or timm:NAME")
     path = path / "encoder.safetensors" if path.is_dir() and (path / "encoder.safetensors").exists() else path
     if path.suffix == ".safetensors":
         header, tensors = read_safetensors(path)
