@@ -8,6 +8,7 @@ very same numbers, without a look at a generator.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -25,7 +26,7 @@ from audiossl.parts.droppath import shares_of
 _compiles = False  # true within `compiled`
 
 
-class Regional(nn.Module):
+class Regional(nn.Module, ABC):
     """Be a block whose `body(*inputs)` may be compiled or checkpointed; the first `num_batched` inputs are (B, ...).
 
     The names of weights, hooks and copies know nothing of either. A batch of one clip or none is never compiled: torch
@@ -36,8 +37,9 @@ class Regional(nn.Module):
     backend: str | None = None
     is_checkpointed = False
 
+    @abstractmethod
     def body(self, *inputs: Any) -> Tensor:
-        raise NotImplementedError
+        """Compute the block from inputs alone: no draws, no state but its weights."""
 
     def run(self, *inputs: Any) -> Tensor:
         """Compute `body`, in the way that was chosen."""

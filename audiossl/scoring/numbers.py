@@ -20,8 +20,8 @@ from audiossl.metrics import accuracy, score_classes
 from audiossl.scoring import bootstrap, classes
 from audiossl.scoring.events import Event
 from audiossl.scoring.frames import FrameScores
-from audiossl.scoring.hearing import hear, of_frames
-from audiossl.scoring.psds import PSDS1, PSDS2, PsdsTable
+from audiossl.scoring.hearing import Heard, hear, of_frames
+from audiossl.scoring.psds import PSDS1, PSDS2, PsdsSettings, PsdsTable
 
 # the name of each number, by the kind of task; the first of each is what a task of that kind is judged by
 CLIP_METRICS = {
@@ -119,7 +119,32 @@ def event_scores(
     scores = probabilities if isinstance(probabilities, FrameScores) else FrameScores(probabilities)
     how = dict(thresholds=thresholds, median_frames=median_frames, onset_collar_seconds=onset_collar_seconds)
     heard = hear(scores, events, seconds, frame_seconds=frame_seconds, folder=folder, **how)
-    statistics = {
+    about = dict(frame_seconds=frame_seconds, variance_penalty=variance_penalty)
+    statistics = _event_statistics(heard, events, seconds, **about)
+    once, numbers, resampled = np.ones((len(events), 1), np.float32), {}, {}
+    for name in EVENT_METRICS:
+        statistic = statistics[name]()
+        numbers[name] = float(statistic(once)[0])
+        if name == metric and num_resamples:
+            resampled[name] = lambda statistic=statistic: statistic
+    return numbers | _interval(metric, resampled, numbers, len(events), num_resamples, seed)
+
+
+def _event_statistics(
+    heard: Heard,
+    events: Sequence[Sequence[Event]],
+    seconds: NDArray[np.float64],
+    *,
+    frame_seconds: float,
+    variance_penalty: float,
+) -> dict[str, Callable[[], bootstrap.Statistic]]:
+    """Say how each number of `EVENT_METRICS` is made; a table of PSDS is large, and made only when it is asked for."""
+
+    def of_psds(settings: PsdsSettings) -> bootstrap.Statistic:
+        settings = replace(settings, alpha_st=variance_penalty)
+        return PsdsTable(heard.smoothed, events, seconds, frame_seconds=frame_seconds, settings=settings).statistic
+
+    return {
         "event_f1": lambda: heard.collars.macro_of,
         "event_f1_micro": lambda: heard.collars.micro_of,
         "onset_f1": lambda: heard.onsets.macro_of,
@@ -129,20 +154,9 @@ def event_scores(
         "segment_f1_micro": lambda: heard.segments.micro_of,
         "segment_error_rate": lambda: heard.segments.error_rate_of,
         "frame_mAP": lambda: of_frames(heard.raw, events, frame_seconds),
+        "psds1": lambda: of_psds(PSDS1),
+        "psds2": lambda: of_psds(PSDS2),
     }
-    once, numbers = np.ones((len(events), 1), np.float32), {}
-    for name, settings in (("psds1", PSDS1), ("psds2", PSDS2)):
-        settings = replace(settings, alpha_st=variance_penalty)
-        statistics[name] = lambda settings=settings: (
-            PsdsTable(heard.smoothed, events, seconds, frame_seconds=frame_seconds, settings=settings).statistic
-        )
-    resampled = {}
-    for name in EVENT_METRICS:
-        statistic = statistics[name]()
-        numbers[name] = float(statistic(once)[0])
-        if name == metric and num_resamples:
-            resampled[name] = lambda statistic=statistic: statistic
-    return numbers | _interval(metric, resampled, numbers, len(events), num_resamples, seed)
 
 
 def _multiclass_error(probabilities: NDArray, targets: NDArray, known: NDArray) -> float:
