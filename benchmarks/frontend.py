@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     resampling = {
         TORCHAUDIO: (Resample(32_000, 16_000, **FILTER).to(device), 32_000),
         "resampled": (lambda waveform: resample(waveform, 32_000, 16_000), 32_000),
-        "resampled, kaldi_fbank": (lambda x: front_ends["kaldi_fbank"](resample(x, 32_000, 16_000)), 32_000),
     }
     tables = {"front end": (works, LOOP), "32 to 16 kHz": (resampling, TORCHAUDIO)}
     turns_in_all = len(lengths) * (len(works) + len(resampling)) * (arguments.rounds + 3)

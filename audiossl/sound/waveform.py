@@ -42,9 +42,8 @@ class Resampler(nn.Module):
     """Resample (B, S) float32 by torchaudio's windowed-sinc filter, several of its periods at a time.
 
     torchaudio computes one period a stride: for 32 to 16 kHz a convolution with a single channel, which nobody computes
-    fast. Here a stride makes at least 16 samples, by the same filter shifted: the same numbers to rounding (batches: the
-    same bits, on a CPU), several times as fast (`python -m benchmarks.frontend`). A period needs `width` samples on
-    either side of its own.
+    fast. Here a stride makes at least 16 samples, by the same filter shifted: the same numbers to rounding, many times
+    as fast (`python -m benchmarks.frontend`). A period needs `width` samples on either side of its own.
     """
 
     def __init__(self, from_hz: int, to_hz: int):
