@@ -15,16 +15,11 @@ yet. With more threads than free cores the windows alone wait for their threads,
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import yaml
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -35,7 +30,7 @@ from audiossl.features.classifier import LinearHead, pool_tokens
 from audiossl.features.levels import LevelReader, Levels, free_length
 from audiossl.pretrained import PretrainedEncoder
 from benchmarks import ROOT
-from benchmarks.common import machine_of, parser_of, prepared, write_json
+from benchmarks.common import CLOCKS, Report, Spread, Turns, parser_of, prepared, progress, take_turns
 
 RATE, HOP = 32_000, 1600
 
@@ -61,18 +56,9 @@ def one_at_a_time(model: PretrainedEncoder, audio: Tensor, window: int) -> Tenso
     return torch.stack(described, dim=1)
 
 
-def timed(work: Callable[[], Tensor], device: str) -> tuple[float, float]:
-    """Take the seconds of the clock and of the CPU, a moment each."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    count = work().shape[1]
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
-
-
-def compare(size: str, window_ms: int, at_once: int, arguments: argparse.Namespace, bar: tqdm) -> dict:
-    """Let both ways take turns; say what a moment takes and how the ratios spread."""
-    device, rounds = arguments.device, arguments.rounds
+def compare(size: str, window_ms: int, at_once: int, arguments: argparse.Namespace, bar: tqdm) -> dict[str, Turns]:
+    """Let both ways take turns at the same audio, counted in moments."""
+    device = arguments.device
     model = passt(size).to(device).eval()
     reader = LevelReader(model, Levels((window_ms,)), "all", batch_seconds=at_once * window_ms / 1000).to(device)
     moments = 16 if size == "base" and device == "cpu" else 64  # alone, each takes the same time
@@ -81,50 +67,36 @@ def compare(size: str, window_ms: int, at_once: int, arguments: argparse.Namespa
     few = audio[:, : moments * HOP - 1]
     half = torch.autocast(device, torch.bfloat16) if arguments.bfloat16 else nullcontext()
 
-    def batched() -> Tensor:
+    def batched() -> int:
         with half:
-            return reader.moments(audio)[0]
+            return reader.moments(audio)[0].shape[1]
 
-    ways = {"alone": lambda: one_at_a_time(model, few, window_ms * RATE // 1000), "batched": batched}
-    turns = []
-    for turn in range(rounds + 1):
-        taken = {name: timed(way, device) for name, way in ways.items()}
-        turns += [taken] if turn else []  # the first is for warming up
-        bar.update()
-    found = dict(size=size, window_ms=window_ms, windows_at_once=at_once)
-    for number, clock in enumerate(("wall", "cpu")):
-        found |= {f"{way}_{clock}_ms": 1e3 * statistics.median(t[way][number] for t in turns) for way in ways}
-        ratios = [t["alone"][number] / t["batched"][number] for t in turns]
-        found[f"ratio_{clock}"] = [statistics.median(ratios), min(ratios), max(ratios)]
-    return found
+    ways = {"alone": lambda: one_at_a_time(model, few, window_ms * RATE // 1000).shape[1], "batched": batched}
+    return take_turns(ways, rounds=arguments.rounds, device=device, bar=bar)
 
 
-def picture_of(found: list[dict], clock: str, path: Path) -> None:
+def picture_of(axes: Axes, rows: list[dict], clock: str) -> None:
     """Draw the ratio against the windows that go through at once; bars from the lowest to the highest turn."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    lines = list(dict.fromkeys((row["size"], row["window_ms"]) for row in found))
-    for colour, (size, window_ms) in enumerate(lines):
-        rows = [row for row in found if (row["size"], row["window_ms"]) == (size, window_ms)]
-        middle, low, high = zip(*(row[f"ratio_{clock}"] for row in rows), strict=True)
-        below, above = ([abs(m - e) for m, e in zip(middle, ends, strict=True)] for ends in (low, high))
-        at_once, name = [row["windows_at_once"] for row in rows], f"{size}, {window_ms} ms"
-        axes.errorbar(at_once, middle, (below, above), marker="o", ms=4, capsize=3, color=f"C{colour}", label=name)
+    lines = dict.fromkeys((row["size"], row["window_ms"]) for row in rows)
+    for size, window_ms in lines:
+        mine = [row for row in rows if (row["size"], row["window_ms"]) == (size, window_ms)]
+        ratios = [row[f"ratio_{clock}"] for row in mine]
+        middle = [ratio.median for ratio in ratios]
+        ends = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
+        at_once = [row["windows_at_once"] for row in mine]
+        axes.errorbar(at_once, middle, ends, marker="o", ms=4, capsize=3, label=f"{size}, {window_ms} ms")
     axes.axhline(1, color="0.6", linestyle=":")
     axes.set_xscale("log", base=2)
-    ticks = sorted({row["windows_at_once"] for row in found})
+    ticks = sorted({row["windows_at_once"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_ylim(0)
-    axes.set_xlabel("windows at once")
-    axes.set_ylabel("times as fast as one at a time")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="windows at once", ylabel="times as fast as one at a time")
     axes.legend(frameon=False, title="PaSST, window")
-    figure.savefig(path, dpi=130)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the two ways, case by case."""
-    parser = parser_of("embed", __doc__, rounds=5)
+    parser = parser_of("embed", __doc__)
     parser.add_argument("--sizes", nargs="+", default=["base", "tiny"], help="of conf/size; PaSST's is base")
     parser.add_argument("--windows-ms", nargs="+", type=int, default=[160, 640])
     parser.add_argument("--at-once", nargs="+", type=int, default=[1, 4, 16, 64], help="windows")
@@ -133,21 +105,25 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.quick:
         arguments.sizes, arguments.windows_ms, arguments.at_once = ["tiny"], [160], [4]
     cases = [(s, w, n) for s in arguments.sizes for w in arguments.windows_ms for n in arguments.at_once]
-    found, clock = [], "wall" if arguments.device == "cuda" else "cpu"
-    print("size   window  at once   alone, ms   batched, ms   ratio (lowest .. highest)   by CPU time")
-    with tqdm(total=len(cases) * (arguments.rounds + 1), unit="turn", leave=False) as bar:
-        for case in cases:
-            row = compare(*case, arguments, bar)
-            wall, cpu = (
-                "{:5.1f} ({:.1f} .. {:.1f})".format(*row[f"ratio_{clock}"]).ljust(28) for clock in ("wall", "cpu")
-            )
-            times = f"{row['alone_wall_ms']:10.2f}{row['batched_wall_ms']:14.2f}"
-            tqdm.write(f"{case[0]:6}{case[1]:5} ms{case[2]:8}  {times}   {wall}{cpu}", file=sys.stdout)
-            found.append(row)
-            said = machine_of(arguments) | dict(bfloat16=arguments.bfloat16, rows=found)
-            write_json(said, arguments.out / "embed.json")
-    picture_of(found, clock, arguments.out / "embed.png")
-    print(f"{arguments.out}/embed.json, embed.png")
+    columns = {"size": 6, "window": 8, "at once": 8, "alone, ms": 22, "batched, ms": 22}
+    report = Report(arguments, columns | {"ratio": 18, "by CPU time": 18})
+    report.write(bfloat16=arguments.bfloat16)
+    with progress(2 * len(cases) * (arguments.rounds + 1)) as bar:
+        for size, window_ms, at_once in cases:
+            turns = compare(size, window_ms, at_once, arguments, bar)
+            ratios = {clock: turns["batched"].times_as_fast_as(turns["alone"], clock) for clock in CLOCKS}
+            cells = [size, f"{window_ms} ms", at_once, *(f"{milliseconds(turns[way]):.2f}" for way in turns)]
+            facts = dict(size=size, window_ms=window_ms, windows_at_once=at_once)
+            facts |= {f"{way}_{clock}_ms": milliseconds(turns[way], clock) for way in turns for clock in CLOCKS}
+            facts |= {f"ratio_{clock}": ratio for clock, ratio in ratios.items()}
+            report.row([*cells, *(f"{ratio:.1f}" for ratio in ratios.values())], **facts)
+    clock = "cpu" if arguments.device == "cpu" else "wall"
+    report.draw(lambda figure: picture_of(figure.subplots(), report.rows, clock))
+
+
+def milliseconds(turns: Turns, clock: str = "wall") -> Spread:
+    """Say what a moment takes."""
+    return Spread.of(1e3 * taken for taken in getattr(turns, clock))
 
 
 if __name__ == "__main__":

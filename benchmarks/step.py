@@ -163,7 +163,9 @@ def decoder(arguments, report: Report) -> None:
     columns = {"depth": 6, "local GFLOP": 12, "global GFLOP": 12, "FLOP ratio": 11, "time ratio": 20, "share": 6}
     report.table(columns, "Audio-MAE's step: global decoder against local at equal depth", "decoder")
     for depth in (2, 4) if arguments.device == "cpu" else (8, 16):
-        given = [*small_of("audiomae", arguments), f"model.decoder_depth={depth}"]
+        shallow = ["model.depth=1"] if arguments.device == "cpu" else []  # of the published width
+        sizes = small_of("audiomae", arguments) if arguments.quick else shallow
+        given = [*sizes, f"model.decoder_depth={depth}"]
         configs = {kind: config_of("audiomae", *given, f"model.decoder={kind}") for kind in ("local", "global")}
         flops = {kind: clip_cost(build(config)).flops_training for kind, config in configs.items()}
         how = dict(half=arguments.device != "cpu", compile=arguments.compile)

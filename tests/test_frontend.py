@@ -8,10 +8,11 @@ import torch
 from frontends import NAMES, front_end, noise_clips, settings
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from torchaudio.transforms import Resample
 
 from audiossl.errors import UserError
 from audiossl.noise import Noise
-from audiossl.sound.waveform import resampler
+from audiossl.sound.waveform import FILTER, Resampler, resampler
 from audiossl.spectrogram import resample, resampled_samples, to_float
 
 
@@ -203,3 +204,18 @@ def test_a_gpu_computes_what_the_cpu_does(name):
     expected = frontend(resample(clips, 44100, frontend.rate_hz), lengths)
     on_device = frontend.cuda()(resample(clips.cuda(), 44100, frontend.rate_hz), lengths)
     torch.testing.assert_close(on_device.cpu(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "rates", [(32_000, 16_000), (8_000, 16_000), (44_100, 16_000), (22_050, 32_000), (96_000, 16_000)]
+)
+def test_resampling_is_torchaudios_however_many_periods_are_taken_at_once(rates):
+    theirs = Resample(*rates, **FILTER)
+    for num_clips, num_samples in ((1, 1), (1, 999), (2, 7), (3, 2 * rates[0] + 1)):
+        clips = 2 * torch.rand(num_clips, num_samples, generator=torch.Generator().manual_seed(0)) - 1
+        ours, expected = resample(clips, *rates), theirs(clips)
+        assert ours.shape == expected.shape and torch.allclose(ours, expected, atol=2e-6)
+    assert torch.equal(torch.cat([resample(clip[None], *rates) for clip in clips]), ours)
+    clips.requires_grad_()
+    gradients = [torch.autograd.grad(work(clips).square().sum(), clips)[0] for work in (theirs, Resampler(*rates))]
+    assert torch.allclose(*gradients, atol=2e-5)
