@@ -19,13 +19,14 @@ from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from audiossl.batch import Batch
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.loading.badclips import BadClips
-from audiossl.loading.clips import ClipDataset, ClipRequest, collate
+from audiossl.loading.clips import ClipDataset, ClipRequest
+from audiossl.loading.handover import Ring, Slots, collate, make_ring
 from audiossl.loading.order import FixedSampler, StepSampler
 from audiossl.loading.watch import Watch
 from audiossl.noise import mix_seed
@@ -112,6 +113,7 @@ class Loader:
         self.timeout_seconds = timeout_seconds
         self.bad_clips = bad_clips
         self.downloads = downloads
+        self._ring: Ring | None = None
 
     def __len__(self) -> int:
         return len(self.loader.batch_sampler)
@@ -125,7 +127,7 @@ class Loader:
         assert not state
 
     def __iter__(self) -> Iterator[Batch]:
-        batches, requests = iter(self.loader), self.loader.batch_sampler
+        (batches, ring), requests = self._start(), self.loader.batch_sampler
         number = requests.first
         watch = Watch(batches._workers if self.loader.num_workers else [])
         if self.downloads is not None:
@@ -147,6 +149,19 @@ class Loader:
             watch.end()
             if self.downloads is not None:
                 self.downloads.stop()
+            if ring is not None and not self.loader.persistent_workers:
+                del batches  # its workers end
+                ring.close()
+
+    def _start(self) -> tuple[Iterator[Batch], Ring | None]:
+        """Start the workers, unless they are kept from the last time, with slots to put batches into."""
+        loader, requests = self.loader, self.loader.batch_sampler
+        if loader.num_workers and not (self._ring is not None and loader.persistent_workers):
+            num_clips = len(requests.batch(requests.first)) if requests.first < len(requests) else 1
+            slot_bytes = 2 * num_clips * loader.dataset.crop_samples
+            self._ring = make_ring(loader.num_workers, loader.prefetch_factor, slot_bytes)
+            loader.worker_init_fn = partial(start_worker, environment=dict(os.environ), ring=self._ring)
+        return iter(loader), self._ring
 
     def _next(self, batches: Iterator[Batch], number: int, watch: Watch) -> Batch | None:
         deadline = time.monotonic() + self.timeout_seconds
@@ -210,7 +225,6 @@ def make_loader(
             collate_fn=partial(collate, crop_samples=dataset.crop_samples, num_classes=requests.num_classes),
             pin_memory=torch.cuda.is_available() and not dataset.resident,
             timeout=poll_seconds if num_workers else 0,
-            worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,
             multiprocessing_context=_fork_server() if num_workers else None,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=is_iterated_often and num_workers > 0,
@@ -234,12 +248,13 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def start_worker(worker: int, environment: dict[str, str] | None = None) -> None:
+def start_worker(worker: int, environment: dict[str, str], ring: Ring | None) -> None:
     """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs.
 
-    `environment` is the trainer's; the fork server's may be older.
+    `environment` is the trainer's; the fork server's may be older. Batches are put into slots of `ring`.
     """
-    os.environ.update(environment or {})
+    os.environ.update(environment)
+    get_worker_info().dataset.slots = ring and Slots(ring, worker)
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "only a worker process starts like this"

@@ -67,11 +67,20 @@ def decode(
 
 
 def decode_int16(
-    source: Source, start: int = 0, num_frames: int | None = None, max_seconds: float = MAX_SECONDS
+    source: Source,
+    start: int = 0,
+    num_frames: int | None = None,
+    max_seconds: float = MAX_SECONDS,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Decode as `decode` does and round to int16; mono 16-bit audio, as packed, is taken as it lies, with no detour."""
+    """Decode as `decode` does and round to int16; mono 16-bit audio, as packed, is taken as it lies, with no detour.
+
+    That is then written to `out` (num_frames,), where there is one, which is given back.
+    """
     with _sought(source, start, num_frames, max_seconds) as (file, wanted):
         if file.channels == 1 and file.subtype == "PCM_16":
+            if out is not None:
+                return _filled(file, out), file.samplerate
             return _joined(_mono_blocks(file, wanted, "int16"), np.int16), file.samplerate
         return to_int16(_joined(_mono_blocks(file, wanted), np.float32)), file.samplerate
 
@@ -91,6 +100,16 @@ def _sought(
         if start:
             _guard(file.seek, start)
         yield file, wanted
+
+
+def _filled(file: soundfile.SoundFile, out: np.ndarray) -> np.ndarray:
+    """Read mono int16 until `out` is full; raise AudioError where the file ends before."""
+    done = 0
+    while done < len(out):
+        if not (found := len(_guard(file.read, out=out[done : done + _BLOCK_VALUES]))):
+            raise AudioError(f"cut: {done} of {len(out)} frames")
+        done += found
+    return out
 
 
 def _joined(blocks: Iterator[np.ndarray], dtype: type) -> np.ndarray:
