@@ -92,7 +92,7 @@ def _coded(number: int) -> bytes:
     if number < 0x80:
         return bytes([number])
     tail = next(n for n in range(1, 6) if number >> 5 * n + 6 == 0)
-    lead = 0xFF << 6 - tail & 0xFF | number >> 6 * tail
+    lead = 0xFF << 7 - tail & 0xFF | number >> 6 * tail
     return bytes([lead, *(0x80 | number >> 6 * n & 0x3F for n in reversed(range(tail)))])
 
 
