@@ -60,8 +60,9 @@ def _without_head(data: bytes, start: int, num_frames: int) -> tuple[bytes, int]
         return None
     ahead = number * block
     info = data[8:18] + (int.from_bytes(data[18:26]) - ahead).to_bytes(8) + data[26 : 8 + STREAMINFO_BYTES]
+    end = place + largest * (num_frames // block + 2) if largest else len(data)  # it begins and ends within frames
     head = b"fLaC\x80" + STREAMINFO_BYTES.to_bytes(3) + info
-    return b"".join([head, memoryview(data)[place:]]), start - ahead
+    return b"".join([head, memoryview(data)[place:end]]), start - ahead
 
 
 def _first_frame(data: bytes) -> int | None:
