@@ -62,6 +62,8 @@ def others() -> dict[str, bytes]:
         "an ID3 tag before it": b"ID3" + bytes(50) + plain,
         "wav": audio(waveform, extension="wav"),
         "header alone": plain[:42],
+        "no whole frame": plain[: plain.find(b"\xff\xf8") + 3],
+        "less than a header": plain[:7],
         "nothing": b"",
     }
 

@@ -99,6 +99,7 @@ def test_kept_workers_serve_one_iteration_after_the_other_and_two_loaders_at_onc
     found, kept = [], []
     for _ in range(4):
         found += [next(training) for _ in range(3)]
+        next(iter(validation))  # and no further
         kept.append(list(validation))
     assert digest(found) == expected[0]
     assert [digest(batches) for batches in kept] == [expected[1]] * 4

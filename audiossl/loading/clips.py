@@ -192,7 +192,8 @@ def _piece(data: bytes, start: int, out: np.ndarray, request: ClipRequest) -> np
     crop is decoded too. Long clips of those are never cached, and their crops may lie elsewhere, but always there.
     """
     num_frames = len(out)
-    if request.extension == "flac" and decode_from(data, start, request.rate_hz, out):
+    is_inside = start + num_frames < request.num_frames  # at the end, what the header announces is to be tried as well
+    if request.extension == "flac" and is_inside and decode_from(data, start, request.rate_hz, out):
         return out
     if start == 0 or request.extension in SEEKS_EXACTLY:
         return _decoded(data, start, num_frames, request, out)

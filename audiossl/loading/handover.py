@@ -165,8 +165,8 @@ class Crops(list[Crop]):
 class Parcel:
     """Hold a batch on its way to the trainer, where it is unpickled as the `Batch`.
 
-    The waveforms stay in their `slot`; the other tensors are small and travel in the pipe, each in shared memory of its
-    own would take longer than copying it.
+    The waveforms stay in their `slot`. The other tensors are small and are copied through the pipe, which is quicker
+    than to give each shared memory of its own.
     """
 
     def __init__(self, batch: Batch, ring: Ring, slot: int | None):
@@ -190,10 +190,8 @@ def _unpacked(
 ) -> Batch:
     if waveform is None and (ring := _rings.get(ring_name)) is not None:  # else the iteration is over: nobody looks
         waveform = ring.received(slot, shape)
-    fields = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()
-    }
-    return Batch(waveform=waveform, **fields)
+    tensors = {name: torch.from_numpy(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
+    return Batch(waveform=waveform, **{**fields, **tensors})
 
 
 def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None) -> Batch | Parcel:
@@ -203,11 +201,13 @@ def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None
     In a worker that has slots the batch is a parcel, which becomes a batch on its way to the trainer.
     """
     good = [crop for crop in crops if crop.waveform is not None]
-    room, ring = getattr(crops, "room", None), getattr(crops, "ring", None)
+    room, ring = (crops.room, crops.ring) if isinstance(crops, Crops) else (None, None)
+    if room is None:
+        waveform = _stacked([crop.waveform for crop in good], crop_samples)
+    else:
+        waveform = torch.from_numpy(room[: len(good)])
     batch = Batch(
-        waveform=_stacked([crop.waveform for crop in good], crop_samples)
-        if room is None
-        else torch.from_numpy(room[: len(good)]),
+        waveform=waveform,
         num_samples=torch.tensor([crop.num_samples for crop in good], dtype=torch.int64),
         rows=torch.tensor([crop.row for crop in good], dtype=torch.int64),
         key=[crop.key for crop in good],

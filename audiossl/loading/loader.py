@@ -107,7 +107,7 @@ class Loader:
         self.timeout_seconds = timeout_seconds
         self.bad_clips = bad_clips
         self.downloads = downloads
-        self._ring: Ring | None = None
+        self._has_started, self._ring = False, None
 
     def __len__(self) -> int:
         return len(self.loader.batch_sampler)
@@ -150,7 +150,8 @@ class Loader:
     def _start(self) -> tuple[Iterator[Batch], Ring | None]:
         """Start the workers, unless they are kept from the last time, with slots to put batches into."""
         loader, requests = self.loader, self.loader.batch_sampler
-        if loader.num_workers and not (self._ring is not None and loader.persistent_workers):
+        if loader.num_workers and not (self._has_started and loader.persistent_workers):
+            self._has_started = True
             num_clips = len(requests.batch(requests.first)) if requests.first < len(requests) else 1
             slot_bytes = 2 * num_clips * loader.dataset.crop_samples
             self._ring = make_ring(loader.num_workers, loader.prefetch_factor, slot_bytes)

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 STREAMINFO_BYTES = 34
+HEADER_BYTES = 16  # of a frame, at most
 SYNC_FIXED = b"\xff\xf8"  # a frame of a stream whose frames are equally long
 
 
@@ -49,7 +50,7 @@ def _without_head(data: bytes, start: int, num_frames: int) -> tuple[bytes, int]
     number = start // block if block else 0
     if block != int.from_bytes(data[10:12]) or start + num_frames > total:
         return None
-    if not 0 < number < (total - 1) // block:  # the last one is shorter, and its header another
+    if not 0 < number < min((total - 1) // block, 2**31):  # the last one is shorter, and its header another
         return None
     if (header := _header(data, first, number)) is None:
         return None
@@ -67,13 +68,13 @@ def _without_head(data: bytes, start: int, num_frames: int) -> tuple[bytes, int]
 
 def _first_frame(data: bytes) -> int | None:
     """Pass over the blocks before the first frame; None for what does not begin like a FLAC of equal frames."""
-    if data[:4] != b"fLaC" or data[4] & 0x7F or int.from_bytes(data[5:8]) != STREAMINFO_BYTES:
+    if data[:4] != b"fLaC" or int.from_bytes(data[4:8]) & 0x7FFFFFFF != STREAMINFO_BYTES:
         return None
     place, is_last = 4, False
     while not is_last and place + 4 < len(data):
         is_last = data[place] >= 0x80
         place += 4 + int.from_bytes(data[place + 1 : place + 4])
-    return place if data[place : place + 2] == SYNC_FIXED else None
+    return place if data[place : place + 2] == SYNC_FIXED and place + HEADER_BYTES <= len(data) else None
 
 
 def _header(data: bytes, first: int, number: int) -> bytes | None:
