@@ -3,7 +3,8 @@
 `python -m benchmarks.loader`. Pieces of the demo set are packed as FLAC at 32 and at 16 kHz. Four ways take turns on
 the same clips; seconds of the CPU, of all processes, stand beside the clock:
 
-- raw: libsndfile decodes the same crops from bytes in memory, and nothing else: what no loader on it can pass;
+- raw: libsndfile seeks and decodes the same crops from bytes in memory, and nothing else: what no loader on it can
+  pass but one that finds the frames of a FLAC by itself, as ours does (`sound/flac.py`);
 - ours: the loader in one process, from the tar to the batch, in the epochs after the first;
 - worker: the same by one worker process, handed over to the trainer. Workers go on while others take their turn: their
   seconds of the CPU are counted from turn to turn, and the clock flatters them by what they had fetched ahead;

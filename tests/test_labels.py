@@ -8,7 +8,7 @@ from tiny_shards import audio, clip, data_of, digest, noise, train_batches, writ
 
 from audiossl.errors import UserError
 from audiossl.index import Index
-from audiossl.loading.clips import collate
+from audiossl.loading.handover import collate
 
 SPLITS = ("train", "extra", "test")
 

@@ -7,7 +7,8 @@ from methods import settings_of
 from tiny_shards import RATE, audio, clip, data_of, digest, many_clips, noise, train_batches, write_shards
 
 from audiossl.errors import UserError
-from audiossl.loading.clips import ClipDataset, collate
+from audiossl.loading.clips import ClipDataset
+from audiossl.loading.handover import collate
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from audiossl.batch import Batch, Skipped, multi_hot
+from audiossl.batch import Skipped
+from audiossl.loading.handover import Crop, Crops, Samples, Slots
 from audiossl.loading.shardfiles import ShardFiles
 from audiossl.packing.tarfiles import read_member
 from audiossl.remote.location import RemoteShard
 from audiossl.sound.audio import AudioError, decode_int16, probe, resample, to_int16
+from audiossl.sound.flac import decode_from
 
 Padding = Literal["cyclic", "zeros"]
-Samples = np.ndarray | torch.Tensor  # int16
 SEEKS_EXACTLY = ("flac", "wav", "aiff", "aif")
 MAX_SKIP_SECONDS = 60.0  # of a compressed clip that are decoded only to get to the crop
 MP3_SLACK_FRAMES = 2 * 1152  # versions of mpg123 count the encoder's padding or do not
@@ -47,18 +48,6 @@ class ClipRequest(NamedTuple):
     rate_hz: int
     extension: str
     labels: tuple[int, ...] | None = None  # positions in the vocabulary, for a method that needs them
-
-
-class Crop(NamedTuple):
-    """Hold int16 samples (S,), of which `num_samples` are no padding, or the reason why there are none."""
-
-    row: int
-    key: str
-    waveform: Samples | None
-    num_samples: int
-    skipped: Skipped | None
-    labels: tuple[int, ...] | None = None
-    start_seconds: float = 0.0  # where in its clip it begins; NaN for a clip that is repeated
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -88,14 +77,31 @@ class ClipDataset(torch.utils.data.Dataset):
         self.cache_bytes = cache_bytes
         self.remote = remote or {}
         self.resident = resident or {}
+        self.slots: Slots | None = None  # a worker has some
         self._forget()
 
     def __getitem__(self, request: ClipRequest) -> Crop:
+        return self._answer(request, None)
+
+    def __getitems__(self, requests: list[ClipRequest]) -> Crops:
+        """Answer the requests of a batch; what can be read becomes the first rows of memory made for all."""
+        if self.resident:  # and perhaps on a device
+            return Crops([self[request] for request in requests])
+        crops, num_read = Crops(), 0
+        room = crops.make_room(len(requests), self.crop_samples, self.slots)
+        for request in requests:
+            crops.append(self._answer(request, room[num_read]))
+            num_read += crops[-1].waveform is not None
+        return crops
+
+    def _answer(self, request: ClipRequest, out: np.ndarray | None) -> Crop:
         try:
-            waveform, num_samples, start_seconds = self._crop(request)
+            waveform, num_samples, start_seconds = self._crop(request, out)
         except AudioError as error:
             skipped = Skipped(request.key, request.shard, str(error), request.row)
             return Crop(request.row, request.key, None, 0, skipped)
+        if out is not None and not np.may_share_memory(waveform, out):
+            out[:] = waveform
         return Crop(request.row, request.key, waveform, num_samples, None, request.labels, start_seconds)
 
     def __getstate__(self) -> dict:
@@ -111,11 +117,14 @@ class ClipDataset(torch.utils.data.Dataset):
         self._room = self.cache_bytes
         self._complete = bytearray()  # 1 for each clip of the index whose end proved to be there
 
-    def _crop(self, request: ClipRequest) -> tuple[Samples, int, float]:
+    def _crop(self, request: ClipRequest, out: np.ndarray | None) -> tuple[Samples, int, float]:
+        """Cut what is asked for; what needs no more than to be decoded is decoded into `out`."""
         available = request.num_frames
         wanted = min(available, self._frames_wanted(request.rate_hz))
         start = _scaled(request.draw, available - wanted + 1)
-        waveform = self._frames(request, start, wanted)
+        if out is None or len(out) != wanted:
+            out = np.empty(wanted, np.int16)
+        waveform = self._frames(request, start, out)
         if request.rate_hz != self.rate_hz:
             resampled = resample(waveform.astype(np.float32) / 32768, request.rate_hz, self.rate_hz)
             waveform = to_int16(resampled)
@@ -134,9 +143,9 @@ class ClipDataset(torch.utils.data.Dataset):
             return self.crop_samples
         return math.ceil(self.crop_samples * rate_hz / self.rate_hz) + 1  # resampling may round down
 
-    def _frames(self, request: ClipRequest, start: int, wanted: int) -> Samples:
-        """Decode frames [start, start + wanted) as int16, from the cache where the whole clip fits into it."""
-        place = (request.shard, request.offset)
+    def _frames(self, request: ClipRequest, start: int, out: np.ndarray) -> Samples:
+        """Give frames from `start` on, as many as `out` holds, from the cache where the whole clip fits into it."""
+        place, wanted = (request.shard, request.offset), len(out)
         if place in self._cache:
             return self._cache[place][start : start + wanted]
         data = self.data_of(request)
@@ -145,7 +154,7 @@ class ClipDataset(torch.utils.data.Dataset):
             self._cache[place] = whole
             self._room -= whole.nbytes
             return whole[start : start + wanted]
-        waveform = _piece(data, start, wanted, request)
+        waveform = _piece(data, start, out, request)
         if start + wanted < request.num_frames and not self._is_complete(request.clip):
             _refuse_cut(data, request)
             self._complete[request.clip] = True
@@ -176,14 +185,18 @@ def decode_whole(data: bytes, request: ClipRequest) -> np.ndarray | None:
         return None
 
 
-def _piece(data: bytes, start: int, num_frames: int, request: ClipRequest) -> np.ndarray:
-    """Decode some frames, equal to the same frames of the whole clip.
+def _piece(data: bytes, start: int, out: np.ndarray, request: ClipRequest) -> np.ndarray:
+    """Decode some frames, equal to the same frames of the whole clip, into `out` where they are int16 as they lie.
 
     libsndfile (1.2.2) seeks exactly in FLAC and PCM; in Ogg and MP3 it may come out elsewhere, so what lies before the
     crop is decoded too. Long clips of those are never cached, and their crops may lie elsewhere, but always there.
     """
+    num_frames = len(out)
+    is_inside = start + num_frames < request.num_frames  # at the end, what the header announces is to be tried as well
+    if request.extension == "flac" and is_inside and decode_from(data, start, request.rate_hz, out):
+        return out
     if start == 0 or request.extension in SEEKS_EXACTLY:
-        return _decoded(data, start, num_frames, request)
+        return _decoded(data, start, num_frames, request, out)
     if _is_long(request):
         try:
             return _decoded(data, start, num_frames, request)
@@ -204,8 +217,10 @@ def _refuse_cut(data: bytes, request: ClipRequest) -> None:
         raise AudioError(f"cut: {announced} of {request.num_frames} frames")
 
 
-def _decoded(data: bytes, start: int, num_frames: int, request: ClipRequest) -> np.ndarray:
-    waveform, rate_hz = decode_int16(data, start, num_frames)
+def _decoded(
+    data: bytes, start: int, num_frames: int, request: ClipRequest, out: np.ndarray | None = None
+) -> np.ndarray:
+    waveform, rate_hz = decode_int16(data, start, num_frames, out=out)
     if rate_hz != request.rate_hz:
         raise AudioError(f"has {rate_hz} Hz where the index says {request.rate_hz} Hz")
     return waveform
@@ -219,28 +234,3 @@ def _with_zeros(waveform: Samples, num_samples: int) -> Samples:
 def _scaled(draw: int | None, choices: int) -> int:
     """Pick one of `choices` by a 63-bit number, the middle one without."""
     return (choices - 1) // 2 if draw is None else draw * choices >> DRAW_BITS
-
-
-def collate(crops: list[Crop], crop_samples: int, num_classes: int | None = None) -> Batch:
-    """Stack what could be read, (B, crop_samples) int16; B is smaller, at worst 0, where clips were skipped.
-
-    With `num_classes` every crop has labels and the batch a `target`, float32 (B, num_classes): 1 for each of a clip's.
-    """
-    good = [crop for crop in crops if crop.waveform is not None]
-    return Batch(
-        waveform=_stacked([crop.waveform for crop in good], crop_samples),
-        num_samples=torch.tensor([crop.num_samples for crop in good], dtype=torch.int64),
-        rows=torch.tensor([crop.row for crop in good], dtype=torch.int64),
-        key=[crop.key for crop in good],
-        target=None if num_classes is None else multi_hot([crop.labels for crop in good], num_classes),
-        skipped=[crop.skipped for crop in crops if crop.skipped is not None],
-        start_seconds=torch.tensor([crop.start_seconds for crop in good], dtype=torch.float64),
-    )
-
-
-def _stacked(waveforms: list[Samples], crop_samples: int) -> torch.Tensor:
-    """Stack crops; where some lie on a device, all come to it."""
-    devices = [waveform.device for waveform in waveforms if isinstance(waveform, torch.Tensor)]
-    if devices:
-        return torch.stack([torch.as_tensor(waveform, device=devices[0]) for waveform in waveforms])
-    return torch.from_numpy(np.stack(waveforms) if waveforms else np.zeros((0, crop_samples), np.int16))

@@ -1,21 +1,16 @@
 """How do batches reach the trainer, and what happens when they do not?
 
-Workers come from a fork server: forking the trainer itself would copy its threads' locks, and a spawned worker imports
-torch anew (seconds each on a laptop), while the server imports this module once, and neither lightning nor hydra.
-Signals concern the trainer alone, which stops its workers itself. A clip that cannot be read is counted here, in the
-parent; a worker that dies or hangs becomes one clear line.
+Clips are decoded by worker processes (`workers.py`), straight into memory that they share with the trainer
+(`handover.py`). A clip that cannot be read is counted here, in the trainer; a worker that dies or hangs becomes one
+clear line.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -25,15 +20,15 @@ from audiossl.batch import Batch
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.loading.badclips import BadClips
-from audiossl.loading.clips import ClipDataset, ClipRequest, collate
+from audiossl.loading.clips import ClipDataset, ClipRequest
+from audiossl.loading.handover import Ring, collate, make_ring
 from audiossl.loading.order import FixedSampler, StepSampler
-from audiossl.loading.watch import Watch
+from audiossl.loading.workers import Watch, fork_server, start_worker
 from audiossl.noise import mix_seed
 from audiossl.remote.prefetch import Downloads
 
 GRACE_SECONDS = 1.0  # before workers that keep the trainer waiting are killed
 POLL_SECONDS = 5  # how soon a dead worker is noticed
-FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class Requests:
@@ -112,6 +107,7 @@ class Loader:
         self.timeout_seconds = timeout_seconds
         self.bad_clips = bad_clips
         self.downloads = downloads
+        self._has_started, self._ring = False, None
 
     def __len__(self) -> int:
         return len(self.loader.batch_sampler)
@@ -125,7 +121,7 @@ class Loader:
         assert not state
 
     def __iter__(self) -> Iterator[Batch]:
-        batches, requests = iter(self.loader), self.loader.batch_sampler
+        (batches, ring), requests = self._start(), self.loader.batch_sampler
         number = requests.first
         watch = Watch(batches._workers if self.loader.num_workers else [])
         if self.downloads is not None:
@@ -147,6 +143,20 @@ class Loader:
             watch.end()
             if self.downloads is not None:
                 self.downloads.stop()
+            if ring is not None and not self.loader.persistent_workers:
+                del batches  # its workers end
+                ring.close()
+
+    def _start(self) -> tuple[Iterator[Batch], Ring | None]:
+        """Start the workers, unless they are kept from the last time, with slots to put batches into."""
+        loader, requests = self.loader, self.loader.batch_sampler
+        if loader.num_workers and not (self._has_started and loader.persistent_workers):
+            self._has_started = True
+            num_clips = len(requests.batch(requests.first)) if requests.first < len(requests) else 1
+            slot_bytes = 2 * num_clips * loader.dataset.crop_samples
+            self._ring = make_ring(loader.num_workers, loader.prefetch_factor, slot_bytes)
+            loader.worker_init_fn = partial(start_worker, environment=dict(os.environ), ring=self._ring)
+        return iter(loader), self._ring
 
     def _next(self, batches: Iterator[Batch], number: int, watch: Watch) -> Batch | None:
         deadline = time.monotonic() + self.timeout_seconds
@@ -210,8 +220,7 @@ def make_loader(
             collate_fn=partial(collate, crop_samples=dataset.crop_samples, num_classes=requests.num_classes),
             pin_memory=torch.cuda.is_available() and not dataset.resident,
             timeout=poll_seconds if num_workers else 0,
-            worker_init_fn=partial(start_worker, environment=dict(os.environ)) if num_workers else None,
-            multiprocessing_context=_fork_server() if num_workers else None,
+            multiprocessing_context=fork_server() if num_workers else None,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=is_iterated_often and num_workers > 0,
         ),
@@ -219,44 +228,3 @@ def make_loader(
         bad_clips=bad_clips,
         downloads=downloads,
     )
-
-
-def _fork_server() -> multiprocessing.context.BaseContext:
-    """Start the fork server with the trainer's signals blocked: it inherits the mask, and so does each worker."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # the server would start it, and its start unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
-def start_worker(worker: int, environment: dict[str, str] | None = None) -> None:
-    """Leave signals to the trainer; end when it ends, or when it says so to a worker that hangs.
-
-    `environment` is the trainer's; the fork server's may be older.
-    """
-    os.environ.update(environment or {})
-    signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "only a worker process starts like this"
-    if hasattr(signal, "sigtimedwait"):
-        threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
-    else:  # macOS cannot tell who sent a signal: obey it
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        threading.Thread(target=lambda: (trainer.join(), os._exit(0)), daemon=True).start()
-
-
-def _follow(trainer: multiprocessing.process.BaseProcess) -> None:
-    """Exit on a SIGTERM that comes from the trainer, and when the trainer is gone.
-
-    torch's own watch compares parents, but a worker's parent is the fork server, which lives as long as any worker.
-    """
-    while trainer.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, 2.0)
-        if received is not None and received.si_pid == trainer.pid:
-            break
-    os._exit(0)

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from audiossl.errors import UserError
-from audiossl.loading.clips import ClipDataset, ClipRequest, Samples, decode_whole
+from audiossl.loading.clips import ClipDataset, ClipRequest, decode_whole
+from audiossl.loading.handover import Samples
 from audiossl.remote.location import RemoteShard
 from audiossl.running.ranks import is_first_rank
 from audiossl.sound.audio import AudioError

@@ -63,17 +63,23 @@ def decode(
     crop of a longer clip is fine). Raises AudioError for what cannot be decoded, non-finite samples and a cut file.
     """
     with _sought(source, start, num_frames, max_seconds) as (file, wanted):
-        return _joined(_mono_blocks(file, wanted), np.float32), file.samplerate
+        return _joined(_mono_blocks(file, wanted)), file.samplerate
 
 
 def decode_int16(
-    source: Source, start: int = 0, num_frames: int | None = None, max_seconds: float = MAX_SECONDS
+    source: Source, start: int = 0, num_frames: int | None = None, out: np.ndarray | None = None
 ) -> tuple[np.ndarray, int]:
-    """Decode as `decode` does and round to int16; mono 16-bit audio, as packed, is taken as it lies, with no detour."""
-    with _sought(source, start, num_frames, max_seconds) as (file, wanted):
-        if file.channels == 1 and file.subtype == "PCM_16":
-            return _joined(_mono_blocks(file, wanted, "int16"), np.int16), file.samplerate
-        return to_int16(_joined(_mono_blocks(file, wanted), np.float32)), file.samplerate
+    """Decode as `decode` does and round to int16; mono 16-bit audio, as packed, is taken as it lies, with no detour.
+
+    That is written to `out` (num_frames,) where there is one, and `out` returned.
+    """
+    with _sought(source, start, num_frames, MAX_SECONDS) as (file, wanted):
+        if file.channels != 1 or file.subtype != "PCM_16":
+            return to_int16(_joined(_mono_blocks(file, wanted))), file.samplerate
+        out = np.empty(wanted, np.int16) if out is None else out
+        for _ in _mono_blocks(file, wanted, "int16", out):
+            pass
+        return out, file.samplerate
 
 
 @contextmanager
@@ -93,9 +99,9 @@ def _sought(
         yield file, wanted
 
 
-def _joined(blocks: Iterator[np.ndarray], dtype: type) -> np.ndarray:
+def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
     blocks = list(blocks)
-    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, dtype), *blocks])
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, np.float32), *blocks])
 
 
 @contextmanager
@@ -213,13 +219,17 @@ def _refuse_impossible(file: soundfile.SoundFile, max_seconds: float | None) -> 
 
 
 def _mono_blocks(
-    file: soundfile.SoundFile, wanted: int, dtype: Literal["float32", "int16"] = "float32"
+    file: soundfile.SoundFile,
+    wanted: int,
+    dtype: Literal["float32", "int16"] = "float32",
+    out: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield `wanted` frames as mono blocks; raise AudioError when fewer are there, or any is NaN or Inf."""
+    """Yield `wanted` frames as mono blocks, those of `out` if given; raise AudioError for fewer, and for NaN or Inf."""
     slack = _MP3_SLACK_FRAMES if file.format.startswith("MP") else 0
     left = wanted
     while left > 0:
-        block = _guard(file.read, min(left, _BLOCK_VALUES // file.channels), dtype=dtype, always_2d=True)
+        into = None if out is None else out[wanted - left :, None]
+        block = _guard(file.read, min(left, _BLOCK_VALUES // file.channels), dtype=dtype, always_2d=True, out=into)
         if not len(block):
             if left <= slack:
                 return
