@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.folder is None:
         with tempfile.TemporaryDirectory() as folder:
             write_synthetic(Path(folder), 20_000 if arguments.quick else arguments.clips)
-            command = [sys.executable, "-m", "benchmarks.tasks", "--folder", folder, "--out", str(arguments.out)]
-            return subprocess.run(command + ["--quick"] * arguments.quick, cwd=ROOT).returncode
+            command = [sys.executable, "-m", "benchmarks.tasks", "--folder", folder, *["--quick"] * arguments.quick]
+            return subprocess.run([*command, "--out", str(arguments.out)], cwd=ROOT).returncode
     report, begin = Report(arguments, {"done": 48, "after, s": 8, "peak, MB": 8}), time.perf_counter()
 
     def done(what: str, **facts) -> None:
@@ -98,14 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def picture_of(axes: Axes, rows: list[dict]) -> None:
-    """Draw the peak of the process's memory as it grows."""
-    axes.plot([row["seconds"] for row in rows], [row["peak_bytes"] / 1e6 for row in rows], marker="o")
-    for row in rows:
-        place = (row["seconds"], row["peak_bytes"] / 1e6)
-        axes.annotate(row["what"], place, xytext=(4, -12), textcoords="offset points", fontsize=7)
-    axes.margins(x=0.3)
-    axes.set_ylim(0)
-    axes.set(xlabel="seconds", ylabel="peak of the process, MB")
+    """Draw the peak of the process's memory after each thing that was asked."""
+    axes.barh([row["what"] for row in rows], [row["peak_bytes"] / 1e6 for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("peak of the process, MB")
 
 
 if __name__ == "__main__":
