@@ -20,8 +20,10 @@ import time
 from pathlib import Path
 
 import yaml
+from matplotlib.axes import Axes
 
 from benchmarks import ROOT
+from benchmarks.common import Report, parser_of, prepared, progress
 
 NUM_LABELS = 527
 MODES = {
@@ -105,29 +107,42 @@ def memory(what: str) -> float:
     return int(found.group(1)) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    """Open the corpora once per way of drawing, each time in a process of its own."""
+    parser = parser_of("order", __doc__)
     parser.add_argument("--clips", type=int, default=2_000_000)
-    parser.add_argument("--measure", nargs=1, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where the corpora are, or are written to; default: a temporary one")
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.folder, args.clips, json.loads(args.measure[0]))))
+    arguments = prepared(parser, argv)
+    num_clips = 20_000 if arguments.quick else arguments.clips
+    if arguments.measure:
+        print(json.dumps(measure(arguments.folder, arguments.clips, json.loads(arguments.measure))))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = str(Path(args.folder or temporary).resolve())
-        for name, num_clips in (("all", args.clips), ("a", args.clips // 4), ("b", args.clips - args.clips // 4)):
+    modes = dict(list(MODES.items())[:2] if arguments.quick else MODES.items())
+    report = Report(arguments, {f"{num_clips:,} clips": 22, "open, s": 7, "resume, s": 9, "peak, GB": 8, "data, GB": 8})
+    with tempfile.TemporaryDirectory() as temporary, progress(len(modes), "way") as bar:
+        folder = str(Path(arguments.folder or temporary).resolve())
+        for name, some in (("all", num_clips), ("a", num_clips // 4), ("b", num_clips - num_clips // 4)):
             if not Path(folder, name).exists():
-                write_corpus(Path(folder, name), num_clips)
-        print(f"{'way of drawing':<22}{'open s':>8}{'resume s':>10}{'peak GB':>9}{'data GB':>9}")
-        for name, changes in MODES.items():
-            command = [sys.executable, "-m", "benchmarks.order", "--clips", f"{args.clips}", "--folder", folder]
-            command += ["--measure", json.dumps(changes)]
-            found = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
-            print(
-                f"{name:<22}{found['open']:8.1f}{found['resume']:10.1f}{found['peak']:9.2f}{found['data']:9.2f}",
-                flush=True,
-            )
+                write_corpus(Path(folder, name), some)
+        for name, changes in modes.items():
+            command = [sys.executable, "-m", "benchmarks.order", "--clips", f"{num_clips}", "--folder", folder]
+            command += ["--measure", json.dumps(changes), "--out", str(arguments.out)]
+            found = json.loads(subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout)
+            cells = [f"{found[key]:.{digits}f}" for key, digits in zip(found, (1, 1, 2, 2), strict=True)]
+            report.row([name, *cells], way=name, **found)
+            bar.update()
+    report.draw(lambda figure: picture_of(figure.subplots(), report.rows), (8, 4.2))
+
+
+def picture_of(axes: Axes, rows: list[dict]) -> None:
+    """Draw the seconds until the first requests, way by way."""
+    names, opened = [row["way"] for row in rows], [row["open"] for row in rows]
+    axes.barh(names, opened, label="index open, clips chosen")
+    axes.barh(names, [row["resume"] for row in rows], left=opened, label="first batch of requests")
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ is assumed, not measured.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import shutil
 import subprocess
@@ -20,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from matplotlib.axes import Axes
 
 from audiossl.index import Index
 from audiossl.pack import Settings, pack
 from audiossl.sound.audio import decode, resample, to_int16
 from benchmarks import ROOT
+from benchmarks.common import Report, parser_of, prepared, progress, say
 
 SECONDS = 10
 NUM_SEGMENTS = 2_041_789 + 22_160 + 20_371  # unbalanced, balanced, eval, as their csv files announce
@@ -87,51 +88,45 @@ def processor_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def draw(rows: list[tuple[str, float]], ceiling: float, path: Path) -> None:
+def picture_of(axes: Axes, rows: list[dict], ceiling: float) -> None:
     """Draw hours over cores, one line for each form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     cores = [1, 2, 4, 8, 16, 32, 64]
-    for name, rate in rows:
-        projected = [hours(rate, n, ceiling) for n in cores]
-        axes.loglog(cores, projected, marker=".", label=f"{name} ({rate:.0f} clips/s a core)")
+    for row in rows:
+        projected = [hours(row["clips_a_core"], n, ceiling) for n in cores]
+        axes.loglog(cores, projected, marker=".", label=f"{row['source']} ({row['clips_a_core']:.0f} clips/s a core)")
     axes.set(xlabel="cores", ylabel="hours for 2,084,320 clips", title="Packing AudioSet, projected from one core")
     axes.set_xticks(cores, cores)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    """Pack the same clips in the forms they come in."""
+    parser = parser_of("pack", __doc__, rounds=3)
     parser.add_argument("--clips", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts (default: 3)")
-    parser.add_argument("--picture", type=Path, help="draw hours over cores into this file")
-    args = parser.parse_args()
-    print("source           clips/s   MB/s  ratio  " + "".join(f"{f'{n} cores':>10}" for n in CORES))
-    rows: list[tuple[str, float]] = []
-    ceiling = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for extension, rate_hz in FORMS:
+    arguments = prepared(parser, argv)
+    num_clips, forms = (20, FORMS[:2]) if arguments.quick else (arguments.clips, FORMS)
+    columns = {"source": 16, "clips/s a core": 14, "MB/s": 6, "ratio": 6} | {f"{n} cores": 9 for n in CORES}
+    report, ceiling = Report(arguments, columns), 0.0
+    with tempfile.TemporaryDirectory() as folder, progress(len(forms), "form") as bar:
+        for extension, rate_hz in forms:
             name = f"{extension} {rate_hz / 1000:g} kHz"
+            bar.update()
             if extension == "m4a" and shutil.which("ffmpeg") is None:
-                print(f"{name:<16} (the program ffmpeg is not installed)")
+                say(f"{name}: the program ffmpeg is not installed")
                 continue
             source = Path(folder, f"{extension}{rate_hz}")
-            write_clips(source, extension, rate_hz, args.clips)
-            rate, read = measure(source, Path(folder, "out"), args.repeats)
+            write_clips(source, extension, rate_hz, num_clips)
+            rate, read = measure(source, Path(folder, "out"), arguments.rounds)
             ceiling = ceiling or measure_writer(source, Path(folder, "out"))
-            rows.append((name, rate))
-            projected = "".join(f"{hours(rate, n, ceiling):8.1f} h" for n in CORES)
-            print(f"{name:<16} {rate:7.0f}  {read:5.0f}  {rate / rows[0][1]:5.2f}  {projected}", flush=True)
+            projected = [hours(rate, n, ceiling) for n in CORES]
+            ratio = rate / (report.rows[0]["clips_a_core"] if report.rows else rate)
+            cells = [name, f"{rate:.0f}", f"{read:.0f}", f"{ratio:.2f}", *(f"{taken:.1f} h" for taken in projected)]
+            report.row(cells, source=name, clips_a_core=rate, megabytes_a_second=read, hours=projected)
             shutil.rmtree(source)
-    print(f"the writing process takes {ceiling:.0f} clips/s, {hours(ceiling, 1, ceiling):.1f} h at least")
-    if args.picture:
-        draw(rows, ceiling, args.picture)
+    report.write(writer_clips=ceiling)
+    say(f"the writing process takes {ceiling:.0f} clips/s, {hours(ceiling, 1, ceiling):.1f} h at least")
+    report.draw(lambda figure: picture_of(figure.subplots(), report.rows, ceiling))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Writes an index as large as AudioSet's (527 classes, about two labels a clip; no
 task and writes the index of its training, and prints the seconds and the peak of the process's memory after each.
 """
 
-import argparse
 import json
-import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 from safetensors.numpy import save_file
 
 from audiossl.index import Index
 from audiossl.indexing.indexfile import COLUMNS, FORMAT, RAGGED
 from audiossl.tasks import load_task
 from benchmarks import ROOT
+from benchmarks.common import Report, parser_of, peak_memory_bytes, prepared
 
 BYTES, SHARD_CLIPS, NUM_CLASSES, NUM_TEST = 200_000, 5_000, 527, 20_000
 
@@ -61,46 +62,47 @@ def write_synthetic(folder: Path, num_clips: int, seed: int = 0) -> None:
     save_file(arrays, folder / "index.safetensors", metadata={"audiossl": json.dumps(meta)})
 
 
-def say(what: str, begin: float) -> None:
-    """Print the seconds since `begin`, and the most memory that the process has had so far."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # rusage has the parent's, too
-    peak = int(found[1]) * 1024
-    print(f"{what:40} {time.perf_counter() - begin:7.1f} s   peak {peak / 1e6:8.0f} MB", flush=True)
-
-
-def main() -> None:
-    """Measure once."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Measure once, in a process that has not written the index."""
+    parser = parser_of("tasks", __doc__)
     parser.add_argument("--clips", type=int, default=2_000_000)
     parser.add_argument("--folder", type=Path, help="of an index that was written before (default: writes one)")
-    args = parser.parse_args()
-    if args.folder is None:
+    arguments = prepared(parser, argv)
+    if arguments.folder is None:
         with tempfile.TemporaryDirectory() as folder:
-            write_synthetic(Path(folder), args.clips)
-            sys.exit(_again(folder, args.clips))
-    begin = time.perf_counter()
-    say("torch and audiossl imported", begin)
-    index = Index.load(args.folder)
-    say(f"index of {len(index):,} clips", begin)
+            write_synthetic(Path(folder), 20_000 if arguments.quick else arguments.clips)
+            command = [sys.executable, "-m", "benchmarks.tasks", "--folder", folder, *["--quick"] * arguments.quick]
+            return subprocess.run([*command, "--out", str(arguments.out)], cwd=ROOT).returncode
+    report, begin = Report(arguments, {"done": 48, "after, s": 8, "peak, MB": 8}), time.perf_counter()
+
+    def done(what: str, **facts) -> None:
+        seconds, peak = time.perf_counter() - begin, peak_memory_bytes("cpu")
+        report.row([what, f"{seconds:.1f}", f"{peak / 1e6:.0f}"], what=what, seconds=seconds, peak_bytes=peak, **facts)
+
+    done("torch and audiossl imported")
+    index = Index.load(arguments.folder)
+    done(f"index of {len(index):,} clips")
     settings = yaml.safe_load((ROOT / "conf" / "task" / "folder.yaml").read_text())
-    task = load_task(**settings | {"root": None, "shards": str(args.folder), "kind": "multilabel", "validation": 0.01})
-    say("task", begin)
+    settings |= {"root": None, "shards": str(arguments.folder), "kind": "multilabel", "validation": 0.01}
+    task = load_task(**settings)
+    done("task")
     test = task.divisions[0].test
     targets = task.targets_of(test)
-    say(f"targets of its {len(test):,} test clips ({int(targets.sum()):,})", begin)
-    print(f"  task.hash {task.hash[:16]}")
-    say("hash", begin)
-    written = task.shards_of(task.divisions[0], args.folder / "of_task.safetensors")
-    say(f"index of its training ({written.stat().st_size / 1e6:.0f} MB)", begin)
+    done(f"targets of its {len(test):,} test clips", num_targets=int(targets.sum()))
+    digest = task.hash
+    done("hash", hash=digest)
+    written = task.shards_of(task.divisions[0], arguments.folder / "of_task.safetensors")
+    done(f"index of its training ({written.stat().st_size / 1e6:.0f} MB)")
+    report.draw(lambda figure: picture_of(figure.subplots(), report.rows), (8, 4.2))
+    return 0
 
 
-def _again(folder: str, num_clips: int) -> int:
-    """Measure in a process that has not written the index."""
-    import subprocess
-
-    command = [sys.executable, "-m", "benchmarks.tasks", "--clips", str(num_clips), "--folder", folder]
-    return subprocess.run(command, cwd=ROOT).returncode
+def picture_of(axes: Axes, rows: list[dict]) -> None:
+    """Draw the peak of the process's memory after each thing that was asked."""
+    axes.barh([row["what"] for row in rows], [row["peak_bytes"] / 1e6 for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("peak of the process, MB")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,10 +40,16 @@ def test_all_layers_in_one_pass_are_those_of_a_pass_for_each(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["loader", "scale"])
-def test_a_benchmark_with_processes_of_its_own_runs_at_a_tiny_size(name, tmp_path, capsys):
+@pytest.mark.parametrize("name, fact", {"loader": "overlap", "scale": "two_ranks", "pack": "writer_clips"}.items())
+def test_a_benchmark_with_processes_of_its_own_runs_at_a_tiny_size(name, fact, tmp_path, capsys):
     found = rows_of(name, tmp_path, capsys)
-    assert found["rows"] and ("overlap" in found or "two_ranks" in found)
+    assert found["rows"] and found[fact]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["order", "tasks", "resident"])
+def test_a_benchmark_of_large_and_of_small_corpora_runs_at_a_tiny_size(name, tmp_path, capfd):
+    assert len(rows_of(name, tmp_path, capfd)["rows"]) >= 2
 
 
 @pytest.mark.slow

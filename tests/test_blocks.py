@@ -41,8 +41,8 @@ def assert_same(one, other, rtol: float) -> None:
     [
         ("eager", 1e-6, True),
         ("aot_eager", 1e-6, False),
-        pytest.param("inductor", 1e-4, False, marks=pytest.mark.slow),
-        pytest.param("inductor", 1e-4, True, marks=pytest.mark.slow),
+        pytest.param("inductor", 1e-4, False, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param("inductor", 1e-4, True, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_compiled_blocks_do_what_is_written_and_are_compiled_once(backend, rtol, is_checkpointed):
