@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.labelled.classes import Kind, check_classes, classes_of, kind_of, labels_of
-from audiossl.labelled.columns import Columns, Keys, Ragged
+from audiossl.labelled.columns import Columns, Keys, Ragged, columns_of_rows
 from audiossl.labelled.divisions import Division, divide
 from audiossl.labelled.reading import columns_of_shards, rows_of_folder, those_there
 from audiossl.labelled.recordings import pack_rows, write_labels
@@ -169,6 +169,7 @@ def load_task(
     else:
         folder = _existing(root, about)
         rows = rows_of_folder(folder, kind, layout, metadata, audio_folder, columns)
+        _check_labels(columns_of_rows(rows), kind, classes, metric, root)
         index, found = pack_rows(folder, rows, cache_dir=cache_dir, max_bad_fraction=max_bad_fraction)
         said, clips = those_there(rows, found)
     where = shards or root
@@ -205,6 +206,14 @@ def _existing(root: str, about: str | None) -> Path:
     if not folder.is_dir():
         raise UserError(f"task.root={root}: no such folder. {about or ''}".strip())
     return folder
+
+
+def _check_labels(
+    said: Columns, kind: Kind | None, classes: str | list[str] | None, metric: str | None, where: str | None
+) -> None:
+    """Refuse labels that are not what the task asks, before hours of packing."""
+    _metric(metric, kind_of(said, kind, where))
+    classes_of(said, classes, where)
 
 
 def _metric(metric: str | None, kind: Kind) -> str:

@@ -114,3 +114,13 @@ def test_a_failed_job_of_a_sweep_does_not_count_as_trained(folder, init, tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text('{"status": "failed", "error": "out of memory"}')
     assert fit(config | {"ckpt": "last"})["scores"]["score"] >= 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(UserError, match="run: holds a run already; .* go on with ckpt=last"):
+        fit(config | {"ckpt": None})
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_no_fold_is_trained_twice_with_the_same_seed(folder, init, tmp_path):
+    assert finish(tmp_path, f"init={init}", f"task.root={folder}", "seeds=[1,2,1]", expect=2).strip() == (
+        "finetune.py: seeds=[1,2,1]: each once"
+    )

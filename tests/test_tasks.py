@@ -217,6 +217,8 @@ def test_events_that_cannot_be_are_refused_by_line(task_of, tmp_path, line, said
     "settings, said",
     [
         (dict(folds=[7]), "task.folds=[7]: there is no fold 7; the set has [0, 1, 2]"),
+        (dict(folds=[1, 1]), "task.folds=[1, 1]: name at least one, each once"),
+        (dict(folds=[]), "task.folds=[]: name at least one, each once"),
         (dict(label="lable"), "no column 'lable'; it has filename, label, fold, part"),
         (dict(fold="part"), "is not a number 0, 1, 2 ...; a column of names is a split: task.split=COLUMN"),
         (dict(split="part", test_splits=["eval"]), "task.test_splits=['eval']: there is no split 'eval'"),
@@ -243,6 +245,14 @@ def test_several_labels_need_a_multilabel_task(task_of, real_folder, tmp_path):
     assert task_of(folder).kind == "multilabel" and task_of(folder).metric == "mAP"
     with pytest.raises(UserError, match="has 2 labels, and a multiclass task needs one each"):
         task_of(folder, kind="multiclass")
+
+
+@pytest.mark.faults("C5")
+def test_labels_that_are_not_what_is_asked_are_refused_before_the_audio_is_packed(task_of, tmp_path):
+    for settings in (dict(kind="events"), dict(metric="psds1"), dict(classes=["dog", "rain"])):
+        with pytest.raises(UserError):
+            task_of(cache_dir=str(tmp_path / "cache"), **settings)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.faults("C5")

@@ -105,9 +105,11 @@ def _goes_on(config: dict[str, Any], task: Task, run_dir: Path) -> bool:
     """Tell whether the folder's run goes on, so that its start and its index of clips stay.
 
     One that was begun with other settings, or on another set, does not, and nothing of it is taken. Raises `UserError`
-    where it has trained or tested.
+    where it has trained or tested, and where such a folder is taken with ckpt=null.
     """
     path = run_dir / SETTINGS
+    if config["ckpt"] is None and is_first_rank() and _has_begun(run_dir):
+        raise UserError(f"{run_dir}: holds a run already; give this one a name=..., or go on with ckpt=last")
     if config["ckpt"] is None or not path.is_file():
         return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
