@@ -101,9 +101,9 @@ class Source:
 def read_source(folder: Path) -> Source:
     """List the clips of a folder with a meta.csv, or of a plain folder of audio (recursive), sorted by path.
 
-    meta.csv has `filename` (relative to the folder) and may have `label` (else `labels`; either may hold several, between
-    `;`), `split` and `fold` (an integer); what else it has goes into each clip's json. Raises UserError for a table that
-    cannot be meant.
+    meta.csv has `filename` (relative to the folder) and may have `label` (else `labels`; either may hold several,
+    between `;`), `split` and `fold` (an integer); what else it has goes into each clip's json. Raises UserError for a
+    table that cannot be meant.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
