@@ -120,7 +120,11 @@ def test_a_failed_job_of_a_sweep_does_not_count_as_trained(folder, init, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
-def test_no_fold_is_trained_twice_with_the_same_seed(folder, init, tmp_path):
-    assert finish(tmp_path, f"init={init}", f"task.root={folder}", "seeds=[1,2,1]", expect=2).strip() == (
-        "finetune.py: seeds=[1,2,1]: each once"
-    )
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("seeds=[1,2,1]", "each once"), ("test.weights=swa", "nothing is averaged; say from when on with swa.start")],
+)
+def test_what_would_be_trained_in_vain_is_refused_before(folder, init, tmp_path, key, said):
+    output = finish(tmp_path, f"init={init}", f"task.root={folder}", key, expect=2)
+    assert output.startswith(f"finetune.py: {key}: {said}") and output.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

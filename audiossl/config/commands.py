@@ -49,8 +49,10 @@ def _check_once(values: Mapping[str, object], *keys: str) -> None:
 
 
 def check_finetuning(values: Mapping[str, object]) -> None:
-    """Check that there is a labelled set, and that no fold is trained twice with the same seed."""
+    """Check that there is a labelled set, that no fold is trained twice with a seed, and that what is tested comes about."""
     _check_once(values, "seeds")
+    if values.get("test.weights") == "swa" and values.get("swa.start") is None and not values.get("evaluate"):
+        raise UserError("test.weights=swa: nothing is averaged; say from when on with swa.start, or take best or last")
     if values.get("task.root") is None and values.get("task.shards") is None:
         about = values.get("task.about")
         raise UserError(
