@@ -120,6 +120,14 @@ def test_a_failed_job_of_a_sweep_does_not_count_as_trained(folder, init, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
+def test_checkpoints_are_ranked_by_what_validations_measure(folder, folds, init, tmp_path):
+    said = refused(tmp_path, init, folder, "checkpoint.metric=val_acuracy")
+    assert said.startswith("checkpoint.metric=val_acuracy: no validation measures it; take val_accuracy, ")
+    said = refused(tmp_path, init, folds, "checkpoint.metric=val_mAP")
+    assert said.startswith("checkpoint.metric=val_mAP: the set has no clips to validate on")
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("key", "said"),
     [("seeds=[1,2,1]", "each once"), ("test.weights=swa", "nothing is averaged; say from when on with swa.start")],

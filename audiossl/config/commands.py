@@ -49,7 +49,7 @@ def _check_once(values: Mapping[str, object], *keys: str) -> None:
 
 
 def check_finetuning(values: Mapping[str, object]) -> None:
-    """Check that there is a labelled set, that no fold is trained twice with a seed, and that what is tested comes about."""
+    """Check that there is a labelled set, that no fold is trained twice with a seed, and that what is tested exists."""
     _check_once(values, "seeds")
     if values.get("test.weights") == "swa" and values.get("swa.start") is None and not values.get("evaluate"):
         raise UserError("test.weights=swa: nothing is averaged; say from when on with swa.start, or take best or last")
