@@ -8,6 +8,8 @@ shards; `probe.py` and `finetune.py` see no difference. One YAML in conf/task/ i
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,8 +32,11 @@ from audiossl.sound import audio
 from audiossl.sound.audio import decode
 from audiossl.sound.waveform import resample
 
+log = logging.getLogger(__name__)
+
 METRICS = CLIP_METRICS | {"events": EVENT_METRICS}
 USUAL = {"multiclass": "accuracy", "multilabel": "mAP", "events": "event_f1"}
+LATE_SECONDS = 0.5  # of an event's end behind its recording's; less is how people annotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +196,7 @@ def load_task(
         keys=keys,
         labels=labels,
         known=known,
-        events=_events(said, names) if kind == "events" else None,
+        events=_events(said, names, index.seconds[clips], clip_seconds) if kind == "events" else None,
         divisions=divisions,
         clip_seconds=clip_seconds,
         published=dict(published),
@@ -222,6 +227,21 @@ def _metric(metric: str | None, kind: Kind) -> str:
     return metric or USUAL[kind]
 
 
-def _events(said: Columns, classes: list[str]) -> list[list[tuple[float, float, int]] | None]:
+def _events(
+    said: Columns, classes: list[str], seconds: NDArray[np.float32], clip_seconds: float | None
+) -> list[list[tuple[float, float, int]] | None]:
+    """List each clip's events: of those that `clip_seconds` cuts, what is left; of those past the audio, a warning."""
     place = {name: number for number, name in enumerate(classes)}
-    return [None if own is None else [(e[0], e[1], place[e.label]) for e in own] for own in said.events]
+    late = [
+        f"{said.name_of(clip)}: {e.label}, {e[0]:g} to {e[1]:g} s of {seconds[clip]:.4g} s"
+        for clip, own in enumerate(said.events)
+        for e in own or ()
+        if e[1] > seconds[clip] + LATE_SECONDS
+    ]
+    if late:
+        log.warning("%d events end after their recording does, where nothing is heard: %s", len(late), late[0])
+    reach = math.inf if clip_seconds is None else clip_seconds
+    return [
+        None if own is None else [(e[0], min(e[1], reach), place[e.label]) for e in own if e[0] < reach]
+        for own in said.events
+    ]

@@ -195,10 +195,29 @@ def test_dcase_tables_give_events_by_split(task_of, tmp_path):
     assert task.targets[task.keys.index("a")].tolist() == [1, 1] and task.targets[task.keys.index("c")].sum() == 0
 
 
+def test_of_a_clip_that_is_cut_the_events_are_cut_too(task_of, tmp_path):
+    tables = dict(
+        train="a.wav\t0.1\t0.5\tdog\na.wav\t0.2\t0.9\tcat\na.wav\t0.6\t0.7\tdog\n", test="b.wav\t0.3\t0.4\tdog\n"
+    )
+    task = task_of(sed_folder(tmp_path / "sed", **tables), clip_seconds=0.6)
+    assert task.events[task.keys.index("a")] == [(0.1, 0.5, 1), (0.2, 0.6, 0)]
+
+
+def test_events_past_the_end_of_their_recording_are_named(task_of, tmp_path, caplog):
+    tables = dict(train="a.wav\t0.1\t1.2\tdog\nb.wav\t0.2\t0.9\tcat\n", test="c.wav\t0.3\t9.0\tdog\nc.wav\t7\t8\tcat\n")
+    task_of(sed_folder(tmp_path / "sed", **tables))
+    (said,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
+    assert (
+        said == "2 events end after their recording does, where nothing is heard: audio/c.wav: dog, 0.3 to 9 s of 1 s"
+    )
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
         ("a.wav\t0.5\t0.2\tdog\n", "train.tsv line 2: dog ends at 0.2 s, not after its onset at 0.5 s"),
+        ("a.wav\t-0.5\t0.2\tdog\n", "line 2: dog has onset '-0.5', offset '0.2': give seconds from the clip's start"),
+        ("a.wav\t0.5\tinf\tdog\n", "line 2: dog has onset '0.5', offset 'inf': give seconds from the clip's start"),
         ("a.wav\t0.5\tlate\tdog\n", "train.tsv line 2: onset '0.5', offset 'late': give seconds"),
         ("a.wav\t0.5\t0.7\t\n", "train.tsv line 2: an event without a label"),
         ("a.wav\t0.5\n", "train.tsv line 2: 2 values for 4 columns"),
