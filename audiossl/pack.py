@@ -34,7 +34,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 LAYOUTS = """\
 SRC is one of
   any folder of audio        sub-folders included; no labels
-  a folder with meta.csv     columns filename and, if you like, label or labels (separated by ;), split, fold
+  a folder with meta.csv     columns filename and, if you like, label (several: separated by ;), split, fold
   AudioSet                   *_segments.csv and class_labels_indices.csv as published, in SRC or named by --segments and
                              --classes; audio anywhere below SRC: [Y]<id>[_<start>[_<end>]].<extension>, start and end
                              in seconds or ms. The split is the csv's name, the classes keep their published order.

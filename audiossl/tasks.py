@@ -8,6 +8,8 @@ shards; `probe.py` and `finetune.py` see no difference. One YAML in conf/task/ i
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from audiossl.errors import UserError
 from audiossl.index import Index
 from audiossl.labelled.classes import Kind, check_classes, classes_of, kind_of, labels_of
-from audiossl.labelled.columns import Columns, Keys, Ragged
+from audiossl.labelled.columns import Columns, Keys, Ragged, columns_of_rows
 from audiossl.labelled.divisions import Division, divide
 from audiossl.labelled.reading import columns_of_shards, rows_of_folder, those_there
 from audiossl.labelled.recordings import pack_rows, write_labels
@@ -30,8 +32,11 @@ from audiossl.sound import audio
 from audiossl.sound.audio import decode
 from audiossl.sound.waveform import resample
 
+log = logging.getLogger(__name__)
+
 METRICS = CLIP_METRICS | {"events": EVENT_METRICS}
 USUAL = {"multiclass": "accuracy", "multilabel": "mAP", "events": "event_f1"}
+LATE_SECONDS = 0.5  # of an event's end behind its recording's; less is how people annotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +174,7 @@ def load_task(
     else:
         folder = _existing(root, about)
         rows = rows_of_folder(folder, kind, layout, metadata, audio_folder, columns)
+        _check_labels(columns_of_rows(rows), kind, classes, metric, root)
         index, found = pack_rows(folder, rows, cache_dir=cache_dir, max_bad_fraction=max_bad_fraction)
         said, clips = those_there(rows, found)
     where = shards or root
@@ -190,7 +196,7 @@ def load_task(
         keys=keys,
         labels=labels,
         known=known,
-        events=_events(said, names) if kind == "events" else None,
+        events=_events(said, names, index.seconds[clips], clip_seconds) if kind == "events" else None,
         divisions=divisions,
         clip_seconds=clip_seconds,
         published=dict(published),
@@ -207,12 +213,35 @@ def _existing(root: str, about: str | None) -> Path:
     return folder
 
 
+def _check_labels(
+    said: Columns, kind: Kind | None, classes: str | list[str] | None, metric: str | None, where: str | None
+) -> None:
+    """Refuse labels that are not what the task asks, before hours of packing."""
+    _metric(metric, kind_of(said, kind, where))
+    classes_of(said, classes, where)
+
+
 def _metric(metric: str | None, kind: Kind) -> str:
     if metric is not None and metric not in METRICS[kind]:
         raise UserError(f"task.metric={metric}: a {kind} task is judged by {', '.join(METRICS[kind])}")
     return metric or USUAL[kind]
 
 
-def _events(said: Columns, classes: list[str]) -> list[list[tuple[float, float, int]] | None]:
+def _events(
+    said: Columns, classes: list[str], seconds: NDArray[np.float32], clip_seconds: float | None
+) -> list[list[tuple[float, float, int]] | None]:
+    """List each clip's events: of those that `clip_seconds` cuts, what is left; of those past the audio, a warning."""
     place = {name: number for number, name in enumerate(classes)}
-    return [None if own is None else [(e[0], e[1], place[e.label]) for e in own] for own in said.events]
+    late = [
+        f"{said.name_of(clip)}: {e.label}, {e[0]:g} to {e[1]:g} s of {seconds[clip]:.4g} s"
+        for clip, own in enumerate(said.events)
+        for e in own or ()
+        if e[1] > seconds[clip] + LATE_SECONDS
+    ]
+    if late:
+        log.warning("%d events end after their recording does, where nothing is heard: %s", len(late), late[0])
+    reach = math.inf if clip_seconds is None else clip_seconds
+    return [
+        None if own is None else [(e[0], min(e[1], reach), place[e.label]) for e in own if e[0] < reach]
+        for own in said.events
+    ]

@@ -97,6 +97,16 @@ def test_a_corrected_teacher_never_changes_while_its_student_trains(golden):
     assert not any(part.training for part in model.teacher.modules())
 
 
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_micro_batches_say_how_many_clips_they_hold(golden, has_teacher):
+    if not has_teacher:
+        golden.model.teacher = None
+    clips = golden.of("loss")
+    assert golden.model.train().loss(*clips)["weight"] == len(clips[0])
+    assert golden.model.train().loss(*(part[:1].repeat(3, *[1] * (part.ndim - 1)) for part in clips))["weight"] == 3
+    assert "weight" not in golden.model.eval().loss(*clips)
+
+
 def test_an_exported_classifier_teaches_as_it_was(tmp_path):
     config = dict(zip(("model", "frontend"), settings_of("atst_c2f"), strict=True)) | {
         "data": dict(shards="x", mean=0, std=1)

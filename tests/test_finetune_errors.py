@@ -114,3 +114,25 @@ def test_a_failed_job_of_a_sweep_does_not_count_as_trained(folder, init, tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text('{"status": "failed", "error": "out of memory"}')
     assert fit(config | {"ckpt": "last"})["scores"]["score"] >= 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(UserError, match="run: holds a run already; .* go on with ckpt=last"):
+        fit(config | {"ckpt": None})
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_checkpoints_are_ranked_by_what_validations_measure(folder, folds, init, tmp_path):
+    said = refused(tmp_path, init, folder, "checkpoint.metric=val_acuracy")
+    assert said.startswith("checkpoint.metric=val_acuracy: no validation measures it; take val_accuracy, ")
+    said = refused(tmp_path, init, folds, "checkpoint.metric=val_mAP")
+    assert said.startswith("checkpoint.metric=val_mAP: the set has no clips to validate on")
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("seeds=[1,2,1]", "each once"), ("test.weights=swa", "nothing is averaged; say from when on with swa.start")],
+)
+def test_what_would_be_trained_in_vain_is_refused_before(folder, init, tmp_path, key, said):
+    output = finish(tmp_path, f"init={init}", f"task.root={folder}", key, expect=2)
+    assert output.startswith(f"finetune.py: {key}: {said}") and output.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -52,6 +52,20 @@ def test_labels_are_words_and_keep_quotes_commas_and_zeros(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "filename,label\na.wav, dog;rain ;\n",
+        "filename,labels\na.wav,dog;;rain\n",
+        "filename,label,labels\na.wav,dog;rain,animal\n",
+    ],
+)
+def test_a_cell_holds_the_same_labels_for_a_task_and_for_packing(tmp_path, text):
+    soundfile.write(tmp_path / "a.wav", np.zeros(800), 8000)
+    (row,), (clip,) = read(tmp_path, text), read_source(tmp_path).clips
+    assert row.labels == clip.labels == ("dog", "rain")
+
+
+@pytest.mark.parametrize(
     "text, said",
     [
         ("", "is empty; its first line names the columns"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -142,3 +143,22 @@ def test_a_killed_command_goes_on_where_it_was_and_ends_the_same(folder, encoder
     assert second.communicate(timeout=200)[0] == whole and whole.startswith("new True")
     assert not list((tmp_path / "killed").glob("features/*/block-*.npz")) and kept
     assert os.path.isfile(next((tmp_path / "killed").glob("features/*/complete.json")))
+
+
+def test_who_waits_for_features_that_another_process_computes_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    first, second, order = FeatureCache(tmp_path, 1), FeatureCache(tmp_path, 1), []
+
+    def wait():
+        with second._claimed("these"):
+            order.append("second")
+
+    with first._claimed("these"):
+        waiting = Thread(target=wait)
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"] and "another process computes these features" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 
 from audiossl.probes.blocks import ClipFeatures
 from audiossl.probes.compare import comparison
+from audiossl.probes.differences import told_apart
 from audiossl.probes.evaluation import hold_out
 from audiossl.probes.moments import on_a_grid
 from audiossl.probes.scores import Tested as OneFold
@@ -32,6 +33,53 @@ def test_domains_are_averaged_where_every_set_was_probed():
     assert table["a"]["mean of events (2)"] == "0.600" and table["b"]["mean of events (2)"] == ""
     assert table["a"]["mean of music (1)"] == "0.500"
     assert table["a"]["normalised, mean of 3"] == f"{(1.6 + 0.8 + 1.0) / 3:.3f}"
+
+
+def probed(head="linear", root="/sets/esc", source_hash="a", folds=("",), score=0.5, heads=None, **probe) -> dict:
+    row = {"source": "run", "role": "encoder", "source_hash": source_hash, "head": head, "support_seconds": None}
+    task = {"name": "folder", "metric": "accuracy", "published": {}, "hash": f"{root} {folds}", "folds": list(folds)}
+    config = {"init": f"/{source_hash}/run", "task": {"root": root}, "probe": probe, "heads": heads or {}}
+    rows = [row | {"score": score, "low": None, "high": None}]
+    return {"task": task, "rows": rows, "config": config, "audiossl": "1"}
+
+
+@pytest.mark.parametrize(
+    ("others", "heads"),
+    [
+        ([dict(layers="last"), dict(layers=2)], ["linear, layers=last", "linear, layers=2"]),
+        (
+            [dict(aggregate="a", seeds=[0]), dict(aggregate="b", seeds=[1])],
+            ["linear, aggregate=a", "linear, aggregate=b"],
+        ),
+        ([dict(heads={"linear": {"l2_grid": [n]}}) for n in (1, 2)], ["linear, l2_grid=[1]", "linear, l2_grid=[2]"]),
+        ([dict(heads={"knn": {"neighbours": [n]}}) for n in (1, 2)], ["linear"]),
+        (
+            [dict(source_hash="a" * 50), dict(source_hash="b" * 50)],
+            ["linear, hash=aaaaaaaa", "linear, hash=bbbbbbbb"],
+        ),
+        ([dict(cache_dir="x"), dict(cache_dir="y", num_resamples=9)], ["linear"]),
+        ([dict(layers=1), dict(head="knn", layers=2)], ["linear", "knn"]),
+    ],
+)
+def test_results_of_other_settings_are_rows_of_their_own(others, heads, caplog):
+    _, cells, _ = comparison(told_apart([probed(**other) for other in others]))
+    assert [line[1] for line in cells] == heads
+    assert len(caplog.records) == (len(heads) == 1), "what is left out is said"
+
+
+def test_sets_of_one_name_are_columns_of_their_own():
+    roots = [
+        dict(root="/sets/esc"),
+        dict(root="/sets/esc"),
+        dict(root="/sets/sed"),
+        dict(root="/sets/sed", folds=("fold1",)),
+    ]
+    titles, cells, _ = comparison(told_apart([probed(**each, score=n / 10) for n, each in enumerate(roots)]))
+    columns = ["folder: esc", "folder: sed, folds=none", "folder: sed, folds=fold1"]
+    assert titles[2:] == [f"{column} (accuracy)" for column in columns]
+    assert [line[2:] for line in cells] == [["0.100", "0.200", "0.300"]]
+    moved = told_apart([probed(), probed(layers=2) | {"config": {"task": {"shards": "/elsewhere"}}}])
+    assert [content["task"]["name"] for content in moved] == ["folder", "folder"], "the same set in two places"
 
 
 def small_task(num: int = 60, classes: int = 3):

@@ -195,10 +195,29 @@ def test_dcase_tables_give_events_by_split(task_of, tmp_path):
     assert task.targets[task.keys.index("a")].tolist() == [1, 1] and task.targets[task.keys.index("c")].sum() == 0
 
 
+def test_of_a_clip_that_is_cut_the_events_are_cut_too(task_of, tmp_path):
+    tables = dict(
+        train="a.wav\t0.1\t0.5\tdog\na.wav\t0.2\t0.9\tcat\na.wav\t0.6\t0.7\tdog\n", test="b.wav\t0.3\t0.4\tdog\n"
+    )
+    task = task_of(sed_folder(tmp_path / "sed", **tables), clip_seconds=0.6)
+    assert task.events[task.keys.index("a")] == [(0.1, 0.5, 1), (0.2, 0.6, 0)]
+
+
+def test_events_past_the_end_of_their_recording_are_named(task_of, tmp_path, caplog):
+    tables = dict(train="a.wav\t0.1\t1.2\tdog\nb.wav\t0.2\t0.9\tcat\n", test="c.wav\t0.3\t9.0\tdog\nc.wav\t7\t8\tcat\n")
+    task_of(sed_folder(tmp_path / "sed", **tables))
+    (said,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
+    assert (
+        said == "2 events end after their recording does, where nothing is heard: audio/c.wav: dog, 0.3 to 9 s of 1 s"
+    )
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
         ("a.wav\t0.5\t0.2\tdog\n", "train.tsv line 2: dog ends at 0.2 s, not after its onset at 0.5 s"),
+        ("a.wav\t-0.5\t0.2\tdog\n", "line 2: dog has onset '-0.5', offset '0.2': give seconds from the clip's start"),
+        ("a.wav\t0.5\tinf\tdog\n", "line 2: dog has onset '0.5', offset 'inf': give seconds from the clip's start"),
         ("a.wav\t0.5\tlate\tdog\n", "train.tsv line 2: onset '0.5', offset 'late': give seconds"),
         ("a.wav\t0.5\t0.7\t\n", "train.tsv line 2: an event without a label"),
         ("a.wav\t0.5\n", "train.tsv line 2: 2 values for 4 columns"),
@@ -217,6 +236,8 @@ def test_events_that_cannot_be_are_refused_by_line(task_of, tmp_path, line, said
     "settings, said",
     [
         (dict(folds=[7]), "task.folds=[7]: there is no fold 7; the set has [0, 1, 2]"),
+        (dict(folds=[1, 1]), "task.folds=[1, 1]: name at least one, each once"),
+        (dict(folds=[]), "task.folds=[]: name at least one, each once"),
         (dict(label="lable"), "no column 'lable'; it has filename, label, fold, part"),
         (dict(fold="part"), "is not a number 0, 1, 2 ...; a column of names is a split: task.split=COLUMN"),
         (dict(split="part", test_splits=["eval"]), "task.test_splits=['eval']: there is no split 'eval'"),
@@ -243,6 +264,14 @@ def test_several_labels_need_a_multilabel_task(task_of, real_folder, tmp_path):
     assert task_of(folder).kind == "multilabel" and task_of(folder).metric == "mAP"
     with pytest.raises(UserError, match="has 2 labels, and a multiclass task needs one each"):
         task_of(folder, kind="multiclass")
+
+
+@pytest.mark.faults("C5")
+def test_labels_that_are_not_what_is_asked_are_refused_before_the_audio_is_packed(task_of, tmp_path):
+    for settings in (dict(kind="events"), dict(metric="psds1"), dict(classes=["dog", "rain"])):
+        with pytest.raises(UserError):
+            task_of(cache_dir=str(tmp_path / "cache"), **settings)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.faults("C5")

@@ -41,8 +41,18 @@ def refuse_plan_of(config_name: str) -> None:
         )
 
 
+def _check_once(values: Mapping[str, object], *keys: str) -> None:
+    for key in keys:
+        given = values.get(key)
+        if isinstance(given, list) and len(set(given)) < len(given):
+            raise UserError(f"{key}={show(given)}: each once")
+
+
 def check_finetuning(values: Mapping[str, object]) -> None:
-    """Check that there is a labelled set."""
+    """Check that there is a labelled set, that no fold is trained twice with a seed, and that what is tested exists."""
+    _check_once(values, "seeds")
+    if values.get("test.weights") == "swa" and values.get("swa.start") is None and not values.get("evaluate"):
+        raise UserError("test.weights=swa: nothing is averaged; say from when on with swa.start, or take best or last")
     if values.get("task.root") is None and values.get("task.shards") is None:
         about = values.get("task.about")
         raise UserError(
@@ -57,7 +67,4 @@ def check_probe(values: Mapping[str, object]) -> None:
         is_list = key in ("init", "probe.heads", "probe.seeds") or key.startswith("heads.")
         if is_list and isinstance(value, list) and not value:
             raise UserError(f"{key}=[]: name at least one")
-    for key in ("probe.heads", "probe.seeds"):
-        given = values.get(key)
-        if isinstance(given, list) and len(set(given)) < len(given):
-            raise UserError(f"{key}={show(given)}: each once")
+    _check_once(values, "probe.heads", "probe.seeds")

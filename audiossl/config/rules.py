@@ -93,7 +93,7 @@ RULES = (
     Rule("*.keep_*", *_at_least(0)),
     Rule("pictures.clips", *_at_least(0)),
     Rule("probe.held_out", "above 0 and below 1", lambda v: 0 < v < 1),
-    Rule("probe.temporal_support", *POSITIVE),
+    Rule("probe.temporal_support", "at least 0.01, in seconds", lambda v: v >= 0.01),
     Rule("probe.cached_layers", *_at_least(1)),
     Rule("probe.seeds", *_at_least(0)),
     Rule("heads.linear.l2_grid", *POSITIVE),

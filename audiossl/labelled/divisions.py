@@ -89,6 +89,8 @@ def _by_fold(
     there = np.unique(numbers[numbers >= 0]).tolist()
     if absent := sorted(set(folds or ()) - set(there)):
         raise UserError(f"task.folds={folds}: there is no fold {absent[0]}; the set has {there}")
+    if folds is not None and len(set(folds)) != max(len(folds), 1):
+        raise UserError(f"task.folds={folds}: name at least one, each once; null tests on all")
     if len(there) < 2 + (validation == "next"):
         raise UserError(f"the set has only the folds {there}: too few to test on one and train on others")
     _say_left_out(numbers >= 0, "in no fold")

@@ -129,7 +129,10 @@ def _event(line: dict[str, str], where: str) -> Event:
         event = Event(float(line["onset"]), float(line["offset"]), plain(line["event_label"], where))
     except ValueError:
         raise UserError(f"{where}: onset '{line['onset']}', offset '{line['offset']}': give seconds") from None
-    if not (math.isfinite(event.offset_seconds) and 0 <= event.onset_seconds < event.offset_seconds):
+    if not (math.isfinite(event.offset_seconds) and 0 <= event.onset_seconds < math.inf):
+        said = f"onset '{line['onset']}', offset '{line['offset']}'"
+        raise UserError(f"{where}: {event.label} has {said}: give seconds from the clip's start")
+    if not event.onset_seconds < event.offset_seconds:
         raise UserError(f"{where}: {event.label} ends at {line['offset']} s, not after its onset at {line['onset']} s")
     return event
 

@@ -21,7 +21,7 @@ from audiossl.features.chunks import clip_features_in_chunks, frame_features_in_
 from audiossl.features.classifier import LinearHead
 from audiossl.methods.atst import atst_encoder, projection_head
 from audiossl.noise import Noise
-from audiossl.running.ranks import mean_of_all_ranks
+from audiossl.running.ranks import mean_of_all_ranks, sum_of_all_ranks
 from audiossl.weights.classifier import load_classifier
 
 
@@ -113,18 +113,22 @@ class ATSTC2F(nn.Module):
         return self.loss(spectrogram, num_frames, batch.target)
 
     def loss(self, spectrogram: Tensor, num_frames: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compare (B, 1, F, T), of which num_frames (B,) are audio, with target (B, C)."""
+        """Compare (B, 1, F, T), of which num_frames (B,) are audio, with target (B, C).
+
+        In training `weight` counts the clips of all ranks, so that micro-batches can be weighed against each other.
+        """
         features = features_of(self.encoder, spectrogram, num_frames, None)
         logits = self.head(features)  # once: batch statistics move with every call
         output = {"label_loss": self._mean(logits, target)}
+        weight = {"weight": sum_of_all_ranks(len(logits), logits.device)} if self.training else {}
         if self.teacher is None:
-            return {"loss": output["label_loss"]}
+            return {"loss": output["label_loss"], **weight}
         with torch.no_grad():
             said = self.teacher_logits(spectrogram, num_frames).sigmoid()
         distilled = logits if self.projector is None else self.distill_logits(features)
         output["distill_loss"] = self._mean(distilled, said)
         share = self.distill_weight
-        return {"loss": share * output["distill_loss"] + (1 - share) * output["label_loss"], **output}
+        return {"loss": share * output["distill_loss"] + (1 - share) * output["label_loss"], **output, **weight}
 
     def teacher_logits(self, spectrogram: Tensor, num_frames: Tensor) -> Tensor:
         """Ask the teacher: (B, C)."""

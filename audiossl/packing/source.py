@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -101,8 +101,9 @@ class Source:
 def read_source(folder: Path) -> Source:
     """List the clips of a folder with a meta.csv, or of a plain folder of audio (recursive), sorted by path.
 
-    meta.csv has `filename` (relative to the folder) and may have `label`, or `labels` separated by `;`, `split` and
-    `fold` (an integer); what else it has goes into each clip's json. Raises UserError for a table that cannot be meant.
+    meta.csv has `filename` (relative to the folder) and may have `label` (else `labels`; either may hold several,
+    between `;`), `split` and `fold` (an integer); what else it has goes into each clip's json. Raises UserError for a
+    table that cannot be meant.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -164,7 +165,7 @@ def _read_table(path: Path, found: dict[str, Clip], source: Source) -> None:
     with open_table(path) as (header, lines):
         if "filename" not in header:
             raise UserError(f"{path} has no column 'filename' (it has: {', '.join(header)})")
-        special = {"filename", "split", "fold", "labels" if "labels" in header else "label"}
+        special = {"filename", "split", "fold", _column_of_labels(header)}
         source.extra_columns = tuple(name for name in header if name not in special)
         seen: set[str] = set()
         for number, row in lines:
@@ -195,11 +196,15 @@ def _unusual(folder: Path, name: str) -> Clip | str:
     return Clip(name, status.st_size, status.st_mtime_ns)
 
 
+def _column_of_labels(columns: Collection[str]) -> str | None:
+    return next((name for name in ("label", "labels") if name in columns), None)
+
+
 def _labels(row: dict[str, str], where: str) -> tuple[str, ...]:
-    if "labels" in row:
-        cell = plain(row["labels"], f"{where}: labels")
-        return tuple(dict.fromkeys(label.strip() for label in cell.split(";") if label.strip()))
-    return (plain(row["label"], f"{where}: label"),) if row.get("label") else ()
+    """Split the cell of a clip's labels, as `task=folder` does."""
+    column = _column_of_labels(row)
+    cell = plain(row[column], f"{where}: {column}") if column else ""
+    return tuple(dict.fromkeys(label.strip() for label in cell.split(";") if label.strip()))
 
 
 def name_keys(clips: list[Clip]) -> None:

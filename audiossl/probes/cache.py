@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from audiossl.remote.shardcache import GB, default_folder
 
 if TYPE_CHECKING:
     from audiossl.tasks import Task
+
+log = logging.getLogger(__name__)
 
 REVISION = 2  # of what is kept
 BLOCK_CLIPS = 64  # a kill loses no more
@@ -99,7 +102,11 @@ class FeatureCache:
                 f"{self.folder}: {error.strerror}; set probe.cache_dir to a folder you may write"
             ) from error
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process computes these features (%s); waiting for it", self.folder / "locks" / name)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, place: Path, num_bytes: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from audiossl.errors import UserError
+from audiossl.probes.differences import told_apart
 from audiossl.probes.results import markdown_table, with_interval
 
 NEEDED = ("task", "rows")
@@ -39,7 +40,7 @@ def read_results(paths: Sequence[Path], *, is_sweep: bool = False) -> list[dict[
                 continue
             raise UserError(f"{path}: not results of a probe (they have {', '.join(NEEDED)}); run probe.py first")
         contents.append(content)
-    return contents
+    return told_apart(contents)
 
 
 def _files(given: Path) -> list[Path]:

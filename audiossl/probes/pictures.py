@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def _dot(panel: Axes, place: int, row: dict[str, Any]) -> None:
 def _finish(panel: Axes, names: Sequence[str], title: str) -> None:
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.set_ylim(len(names) - 0.4, -0.7)
-    panel.set_title(title, fontsize=10)
+    panel.set_title(textwrap.fill(title, 36), fontsize=10)
     panel.grid(axis="x", color="#e4e6ea", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(axis="x", labelsize=8)

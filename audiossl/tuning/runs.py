@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,23 @@ import numpy as np
 import torch
 import yaml
 
-from audiossl.checkpoints.files import lower_is_better
 from audiossl.config.secrets import mask
 from audiossl.errors import UserError
 from audiossl.finetuning import FineTuning
 from audiossl.indexing.shardpaths import QUERY_VARIABLE
 from audiossl.pretrained import PretrainedEncoder
 from audiossl.probes.results import differing
-from audiossl.running.build import load_method
 from audiossl.running.ranks import is_first_rank, others_wait
 from audiossl.tasks import Task, load_task
 from audiossl.training import fit as train
+from audiossl.tuning.choosing import chosen, metric_of
 from audiossl.tuning.judging import check_kind, classifier_of, judge_fold
 from audiossl.tuning.predictions import ARRAYS, read_tested
 from audiossl.tuning.start import start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
 from audiossl.tuning.writing import write_run
-from audiossl.weights.export import load_encoder, parts_of, read_export
+from audiossl.weights.export import load_encoder
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,6 @@ MAY_CHANGE = (  # besides sizes of batches and places of caches
     *("data.num_workers", "data.cache_mb", "data.timeout_seconds", "data.damaged_shards", "data.resident"),
     *("task.about", "task.published", "test.bootstrap"),
 )
-BEST = re.compile(r"best-step=(\d+)-(.+)=(-?[\d.e+-]+|inf)\.ckpt")
 
 
 def fit(config: dict[str, Any]) -> dict[str, Any]:
@@ -105,9 +102,11 @@ def _goes_on(config: dict[str, Any], task: Task, run_dir: Path) -> bool:
     """Tell whether the folder's run goes on, so that its start and its index of clips stay.
 
     One that was begun with other settings, or on another set, does not, and nothing of it is taken. Raises `UserError`
-    where it has trained or tested.
+    where it has trained or tested, and where such a folder is taken with ckpt=null.
     """
     path = run_dir / SETTINGS
+    if config["ckpt"] is None and is_first_rank() and _has_begun(run_dir):
+        raise UserError(f"{run_dir}: holds a run already; give this one a name=..., or go on with ckpt=last")
     if config["ckpt"] is None or not path.is_file():
         return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -160,7 +159,7 @@ def _trained(
         if is_first_rank() and not (goes_on and index.exists()):
             task.shards_of(division, index)
     engine = _engine_config(config, model, start, index, folder, seed, has_validation=len(division.validation) > 0)
-    engine["checkpoint"]["metric"] = _metric(config, task, has_validation=len(division.validation) > 0)
+    engine["checkpoint"]["metric"] = metric_of(config, task, has_validation=len(division.validation) > 0)
 
     def prepare(method: FineTuning) -> None:
         if task.kind == "events":
@@ -175,7 +174,7 @@ def _trained(
              len(division.validation), len(division.test), len(task.classes))  # fmt: skip
     if not _is_trained(folder):
         train(engine, prepare=prepare)
-    return _chosen(folder, config["test"]["weights"], engine)
+    return chosen(folder, config["test"]["weights"], engine)
 
 
 def usual_seconds(task: Task) -> float:
@@ -219,40 +218,6 @@ def _engine_config(
 def _reach_seconds(model: PretrainedEncoder) -> float:
     frames = model.encoder.geometry["frames"]
     return model.frontend.samples_for(frames) / model.rate_hz
-
-
-def _metric(config: dict[str, Any], task: Task, *, has_validation: bool) -> str | None:
-    """Choose what ranks checkpoints: what the task is judged by, as far as a validation knows it."""
-    given = config["checkpoint"]["metric"]
-    if config["stopping"]["patience"] is not None and not has_validation:
-        raise UserError(
-            f"stopping.patience={config['stopping']['patience']}: the set has no clips to validate on; hold some out "
-            "with task.validation=0.1"
-        )
-    if given is not None or not has_validation:
-        return given or "val_loss"
-    return "val_accuracy" if task.metric == "accuracy" else "val_mAP"
-
-
-def _chosen(folder: Path, weights: str, engine: dict[str, Any]) -> FineTuning:
-    """Load the weights to test."""
-    metric = engine["checkpoint"]["metric"]
-    checkpoints = folder / "checkpoints"
-    name = re.sub(r"[^\w.-]", "_", metric)
-    found = [(path, BEST.fullmatch(path.name)) for path in checkpoints.glob("best-*.ckpt")]
-    sign = -1 if lower_is_better(metric) else 1
-    best = [(sign * float(m[3]), -int(m[1]), path) for path, m in found if m and m[2] == name]
-    has_best = weights == "best" and best and metric.startswith("val_")
-    method, _ = load_method(max(best)[2] if has_best else folder, engine)
-    if weights == "swa":
-        average = folder / "encoder_swa.safetensors"
-        if not average.exists():
-            raise UserError("test.weights=swa: nothing was averaged; set swa.start")
-        _, tensors = read_export(average)
-        for name, own in parts_of(tensors).items():
-            if own:
-                getattr(method, name).load_state_dict(own)
-    return method
 
 
 def _is_trained(folder: Path) -> bool:

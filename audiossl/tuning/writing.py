@@ -33,6 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAID = (
+    "init",
+    "seed",
+    "seeds",
+    "task",
+    "frontend",
+    "model",
+    "optim",
+    "data",
+    "swa",
+    "stopping",
+    "test",
+)  # of the config
+
 
 def write_run(
     config: Mapping[str, Any], task: Task, tested: Sequence[Tested], run_dir: Path, testing: Testing
@@ -48,7 +62,8 @@ def write_run(
     results = {"format": "audiossl finetune 1", "status": "finished", "audiossl": __version__, "task": about}
     results |= {"scores": {"score": summary["score"], **summary["numbers"]}, "rows": [row]}
     results["bad_clips"] = {key: reason for one in tested for key, reason in one.bad_clips.items()}
-    results |= {"config": mask({key: config[key] for key in ("init", "task", "model", "optim", "data", "test")})}
+    lasting = {key: config["trainer"][key] for key in ("max_steps", "max_epochs")}
+    results |= {"config": mask({key: config[key] for key in SAID} | {"trainer": lasting})}
     if curve := _noise_curve(run_dir, task.metric):
         results["noise"] = curve
     run_dir.mkdir(parents=True, exist_ok=True)
