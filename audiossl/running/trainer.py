@@ -72,7 +72,7 @@ def build_trainer(
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     total = max_steps * accumulate
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **settings,
         accelerator=layout.accelerator,
         devices=layout.devices,
@@ -90,3 +90,10 @@ def build_trainer(
         plugins=plugins,
         default_root_dir=config["run_dir"],
     )
+    # Lightning would ask all ranks for a SIGTERM before every micro-batch, and wait for the GPU to hear the answer
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+    return trainer
+
+
+def _ask_nobody() -> None:
+    """Leave signals to `checkpoints.preemption`."""
