@@ -27,6 +27,6 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     sources, refused = [source[name] for name in names], refused_step()
     if refused is None:
         return get_ema_multi_avg_fn(momentum)(list(targets), sources, None)
-    share = (1 - momentum) * (1 - refused)  # rounded as the plain number would be
+    shares = {dtype: (1 - momentum) * (1 - refused.to(dtype)) for dtype in {target.dtype for target in targets}}
     with torch.no_grad():
-        torch._foreach_lerp_(targets, sources, [share.to(target) for target in targets])
+        torch._foreach_lerp_(targets, sources, [shares[target.dtype] for target in targets])

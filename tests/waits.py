@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ASKING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount"}
 ASKING |= {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}
+BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}  # where a mask's places have to be counted
 READING = {"tolist", "numpy", "cpu"}  # of tensors on the host no operation tells
 # what these read lies on the host wherever the model is; the last one computes a length there, in torchaudio
 ON_THE_HOST = ("audiossl/stepping/", "audiossl/noise.py", "audiossl/sound/waveform.py")
@@ -22,7 +23,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(is_mask(index) for index in arguments[1])
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            is_mask(index) for index in arguments[1]
+        )
         if name in ASKING or by_mask:
             note(self.found, f"{name} by a mask" if by_mask else name)
         return function(*arguments, **(named or {}))
