@@ -75,8 +75,7 @@ def build_trainer(
     trainer = pl.Trainer(
         **settings,
         accelerator=layout.accelerator,
-        devices=layout.devices,
-        num_nodes=layout.num_nodes,
+        **dict(devices=layout.devices, num_nodes=layout.num_nodes),
         **how,
         max_steps=max_steps,
         max_epochs=-1,
@@ -90,10 +89,17 @@ def build_trainer(
         plugins=plugins,
         default_root_dir=config["run_dir"],
     )
-    # Lightning would ask all ranks for a SIGTERM before every micro-batch, and wait for the GPU to hear the answer
+    return _left_in_peace(trainer)
+
+
+def _left_in_peace(trainer: pl.Trainer) -> pl.Trainer:
+    """Have no rank asked for a SIGTERM before every micro-batch, for whose answer a GPU would have to be waited for.
+
+    Signals are `checkpoints.preemption`'s.
+    """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
     return trainer
 
 
 def _ask_nobody() -> None:
-    """Leave signals to `checkpoints.preemption`."""
+    """Take the place of Lightning's question."""
