@@ -7,7 +7,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import config_of, run
+from fits import assert_same, config_of, run
 from methods import build, settings_of
 from test_alarm import rung_at
 from test_finetuning import batch_for
@@ -109,15 +109,16 @@ def test_what_is_counted_as_a_wait_is_found(tmp_path, monkeypatch):
 
 
 def test_a_step_is_the_same_whether_it_is_looked_at_at_once_or_later(fused, tmp_path, monkeypatch):
-    states = []
     for every in (1, 50):
-        common = (*settings_of("atst_clip"), *SHORT, "trainer.max_steps=4", f"trainer.log_every_n_steps={every}")
-        fit_with(pl.Callback(), tmp_path / f"{every}", monkeypatch, *common)
-        states.append(torch.load(tmp_path / f"{every}" / "checkpoints" / "last.ckpt", weights_only=True))
-    for name, value in states[0]["state_dict"].items():
-        assert torch.equal(value, states[1]["state_dict"][name]), name
-    alarms = [next(v for k, v in state["callbacks"].items() if "CollapseAlarm" in k) for state in states]
-    assert alarms[0] == alarms[1] and alarms[0]["highest"]["teacher_rank"] > 1
+        common = (*settings_of("atst_clip"), *SHORT, "trainer.max_steps=5", f"trainer.log_every_n_steps={every}")
+        fit_with(pl.Callback(), tmp_path / f"{every}", monkeypatch, *common, "checkpoint.every_steps=4")
+    for step in (4, 5):
+        files = (tmp_path / f"{every}" / "checkpoints" / f"step={step:09d}.ckpt" for every in (1, 50))
+        states = [torch.load(file, weights_only=True) for file in files]
+        for part in ("state_dict", "optimizer_states"):
+            assert_same(*(state[part] for state in states), part)
+        alarms = [next(v for k, v in state["callbacks"].items() if "CollapseAlarm" in k) for state in states]
+        assert alarms[0] == alarms[1] and alarms[0]["highest"]["teacher_rank"] > 1
 
 
 class Poison(pl.Callback):

@@ -43,7 +43,8 @@ class Gradients:
                 names.append(name)
                 gradients.append(parameter.grad)
         if not gradients:
-            return cls([], torch.zeros(0), torch.zeros(()))
+            device = next(method.parameters()).device
+            return cls([], torch.zeros(0, device=device), torch.zeros((), device=device))
         norms = torch.stack(torch._foreach_norm(gradients))
         return cls(names, norms, torch.linalg.vector_norm(norms))
 
