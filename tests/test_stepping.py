@@ -7,17 +7,14 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import assert_same, config_of, run
+from fits import assert_same, run
 from methods import build, settings_of
 from test_alarm import rung_at
-from test_finetuning import batch_for
-from test_finetuning import build as fine_tuned
 from test_pretraining import OPTIM, QUIET, demo_data
 from torch import nn
 from toy_teacher import COLLAPSING, learn
-from waits import Waits, count
+from waits import SHORT, fit_with
 
-from audiossl import optim, training
 from audiossl.checkpoints.files import newest_valid, step_of
 from audiossl.ema import update_teacher
 from audiossl.pretraining import NonFiniteError, Pretraining
@@ -26,86 +23,6 @@ from audiossl.running.callbacks import Forensics
 from audiossl.stepping.hostcopy import HostCopy
 from audiossl.stepping.places import Places
 from audiossl.stepping.refusal import can_skip, skip_unless_finite, step_done
-
-METHODS = ["audiomae", "atst_clip", "atst_frame", "passt"]
-SHORT = ("data.batch_size=4", "data.fraction=0.3", "data.validation_clips=0", "checkpoint.every_steps=null")
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Take the optimiser that GPUs have, which the CPU has too."""
-    monkeypatch.setattr(optim, "FUSED_ON", ("cuda", "cpu"))
-
-
-class NoTrace:
-    """Stand where `trace=true` puts its callback."""
-
-    def __init__(self, callback: pl.Callback):
-        self.callback = callback
-
-    def __call__(self, folder) -> pl.Callback:
-        return self.callback
-
-
-def fit_with(callback: pl.Callback, folder, monkeypatch, *settings: str) -> None:
-    monkeypatch.setattr(training, "Trace", NoTrace(callback))
-    training.fit(config_of(*settings) | {"run_dir": str(folder)})
-
-
-@pytest.mark.parametrize("model", METHODS)
-def test_between_two_rows_of_the_log_a_step_asks_the_device_nothing(model, fused, tmp_path, monkeypatch):
-    """With the progress bar, the alarm and everything else a run has; but its rows, one every 50 steps."""
-    waits = Waits(2, 6)
-    rare = ("trainer.max_steps=7", "trainer.log_every_n_steps=50", "trainer.enable_progress_bar=true")
-    fit_with(waits, tmp_path, monkeypatch, *settings_of(model), *SHORT, *rare)
-    assert not count(waits), count(waits)
-
-
-@pytest.mark.parametrize("kind", ["any encoder", "one label", "desed"])
-def test_fine_tuning_asks_the_device_nothing_either(kind, fused):
-    """Clips with several labels and with one, and moments, of which some clips have none."""
-    method, waits = fine_tuned(kind), Waits(2, 5)
-    sizes = dict(batch_size=4, waveform_rate_hz=method.frontend.rate_hz, max_steps=6, seed=0)
-    batches = torch.utils.data.DataLoader([batch_for(method) for _ in range(6)], batch_size=None)
-    pl.Trainer(max_steps=6, callbacks=[waits], **QUIET).fit(Pretraining(method.train(), optim=OPTIM, **sizes), batches)
-    assert not count(waits), count(waits)
-
-
-class Strict(pl.Callback):
-    """Let torch raise where the host waits for the GPU, between two steps."""
-
-    def __init__(self, first: int, last: int):
-        self.first, self.last, self.steps = first, last, 0
-
-    def on_train_batch_start(self, trainer, *_):
-        is_on = self.first <= trainer.global_step < self.last
-        self.steps += is_on
-        torch.cuda.set_sync_debug_mode("error" if is_on else "default")
-
-    def on_train_epoch_end(self, *_):
-        torch.cuda.set_sync_debug_mode("default")
-
-    on_exception = on_train_epoch_end
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("model", METHODS)
-def test_on_a_gpu_torch_sees_no_wait_in_a_step(model, tmp_path, monkeypatch):
-    """Never run where this was written: there was no GPU."""
-    strict, device = Strict(3, 9), ("trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
-    rare = ("trainer.max_steps=10", "trainer.log_every_n_steps=50", "trainer.enable_progress_bar=true")
-    fit_with(strict, tmp_path, monkeypatch, *settings_of(model), *SHORT, *device, *rare)
-    assert strict.steps == 6
-
-
-def test_what_is_counted_as_a_wait_is_found(tmp_path, monkeypatch):
-    """With the plain optimiser a step is looked at at once, and its own count of steps is read."""
-    waits = Waits(2, 4)
-    waits.on_train_batch_end = lambda trainer, module, *_: module.method.mask_token[torch.ones(1, 1, 24).bool()].sum()
-    rare = ("trainer.max_steps=5", "trainer.log_every_n_steps=50")
-    fit_with(waits, tmp_path, monkeypatch, *settings_of("atst_frame"), *SHORT, *rare)
-    found = " ".join(count(waits))
-    assert "index by a mask" in found and "_local_scalar_dense" in found
 
 
 def test_a_step_is_the_same_whether_it_is_looked_at_at_once_or_later(fused, tmp_path, monkeypatch):

@@ -5,8 +5,11 @@ from collections import Counter
 
 import lightning.pytorch as pl
 import torch
+from fits import config_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from audiossl import training
 
 ASKING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount"}
 ASKING |= {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}
@@ -84,3 +87,21 @@ class Waits(pl.Callback):
 
 def count(waits: Waits) -> Counter:
     return Counter(waits.found)
+
+
+SHORT = ("data.batch_size=4", "data.fraction=0.3", "data.validation_clips=0", "checkpoint.every_steps=null")
+
+
+class NoTrace:
+    """Stand where `trace=true` puts its callback."""
+
+    def __init__(self, callback: pl.Callback):
+        self.callback = callback
+
+    def __call__(self, folder) -> pl.Callback:
+        return self.callback
+
+
+def fit_with(callback: pl.Callback, folder, monkeypatch, *settings: str) -> None:
+    monkeypatch.setattr(training, "Trace", NoTrace(callback))
+    training.fit(config_of(*settings) | {"run_dir": str(folder)})
