@@ -32,6 +32,7 @@ from audiossl.checkpoints.generators import generator_states, restore_generators
 from audiossl.checkpoints.room import check_room, prepare_folder
 from audiossl.errors import UserError
 from audiossl.running.ranks import Ranks
+from audiossl.stepping.watch import settle
 
 __all__ = ["AtomicCheckpointIO", "Checkpointing", "describe_file", "is_valid", "newest_valid", "resolve_ckpt"]
 
@@ -167,6 +168,7 @@ class Checkpointing(Checkpoint):
             return path
         if self._failed_step == step and not is_last:
             return None
+        settle(trainer.lightning_module)
         self._refuse_non_finite(trainer)
         self._losses = self.ranks.mean(self._losses)
         error = None

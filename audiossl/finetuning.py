@@ -243,10 +243,10 @@ class FineTuning(nn.Module):
             if target.shape != logits.shape:
                 raise UserError(f"targets of {tuple(target.shape)} for moments and classes {tuple(logits.shape)}")
             is_known = ~target.isnan().flatten(1).all(1)
-            losses["frame_loss"] = self._mean(frame_losses(logits, target)[is_known])
+            losses["frame_loss"] = self._mean(frame_losses(logits, target), is_known)
         if self.weak_pooling != "none" and clips.target is not None:
             pooled = self.pooled(clips, features, logits.sigmoid())
-            weak = self._mean(probability_losses(pooled, clips.target)[~is_known])
+            weak = self._mean(probability_losses(pooled, clips.target), ~is_known)
             losses["weak_loss"] = self.weak_weight * weak
         if not losses:
             raise UserError(
@@ -255,5 +255,11 @@ class FineTuning(nn.Module):
             )
         return losses
 
-    def _mean(self, by_clip: Tensor) -> Tensor:
-        return mean_of_all_ranks(by_clip) if self.training else by_clip.sum() / max(len(by_clip), 1)
+    def _mean(self, by_clip: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Average (B,), in training over all ranks, or where `counted` (B,) says; without waiting for the device."""
+        if counted is None:
+            return mean_of_all_ranks(by_clip) if self.training else by_clip.sum() / max(len(by_clip), 1)
+        by_clip, number = torch.where(counted, by_clip, 0.0), counted.sum()
+        if self.training:
+            return mean_of_all_ranks(by_clip, sum_of_all_ranks(number, by_clip.device))
+        return by_clip.sum() / number.clamp(min=1)

@@ -30,11 +30,14 @@ class Noise:
 
     def __init__(self, seed: int, step: int, rows: Tensor, num_rows: int, device: torch.device | str = "cpu"):
         if rows.device.type == "cpu" and len(rows):  # on a GPU the look would wait for it
-            assert int(rows.max()) < num_rows, "a row lies outside the global batch"
+            assert rows.numpy().max() < num_rows, "a row lies outside the global batch"
         self.rows = rows.to(device)
         self.num_rows = num_rows
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(mix_seed(seed, step))
+        self._host = self.generator  # of what the host has to know: asking a GPU would mean to wait for it
+        if self.device.type != "cpu":
+            self._host = torch.Generator().manual_seed(mix_seed(seed, step, "host"))
         self._inside, self._seed, self._num_inside = torch.Generator(self.device), (seed, step), 0
 
     @classmethod
@@ -53,7 +56,7 @@ class Noise:
 
     def randint(self, high: int) -> int:
         """Draw one integer in [0, high), shared by the global batch."""
-        return int(torch.randint(high, (1,), generator=self.generator, device=self.device))
+        return int(torch.randint(high, (1,), generator=self._host).numpy()[0])
 
     @contextmanager
     def of_this_step(self) -> Iterator[None]:

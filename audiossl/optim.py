@@ -19,6 +19,7 @@ from audiossl.errors import UserError
 from audiossl.parts.adamw import PublishedAdamW
 from audiossl.schedules import atst_cosine, passt_cycle, passt_ramps, warmup_cosine
 
+FUSED_ON = ("cuda",)  # elsewhere the fused kernel rounds otherwise than the plain one and is no faster by much
 TOKENS = ("class_token", "class_table", "table", "time", "frequency")  # class tokens and learned positions
 
 
@@ -236,5 +237,5 @@ def build_optimizer(
     same = dict(lr=lr, betas=tuple(settings.betas), eps=settings.eps)
     if settings.adamw == "published":
         return PublishedAdamW(groups, **same)
-    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
+    fused = allow_fused and all(p.device.type in FUSED_ON for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, **same, fused=fused or None)

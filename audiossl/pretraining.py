@@ -3,15 +3,14 @@
 One LightningModule runs them all: it hands the method a batch of waveforms on the device and the noise of this step,
 sets learning rate and weight decay as pure functions of the step, refuses a non-finite update before it is applied, and
 tells the method when an optimiser step is done (a teacher's moving average belongs there). Nothing here is random by
-itself: every number comes from (seed, step), so a resumed run needs no generator state.
+itself: every number comes from (seed, step), so a resumed run needs no generator state. Where the device can refuse an
+update by itself, the host looks at a step during the next one, and never waits.
 """
 
 from __future__ import annotations
 
-import math
 import time
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,13 @@ from audiossl.batch import Batch
 from audiossl.noise import Noise, mix_seed
 from audiossl.optim import OptimSettings, build_optimizer
 from audiossl.parts.blocks import compiled
+from audiossl.parts.health import Spectrum
 from audiossl.spectrogram import resample, to_float
+from audiossl.stepping.look import Gradients, Look, NonFiniteError, batch_statistics
+from audiossl.stepping.refusal import can_skip, skip_unless_finite, step_done
+from audiossl.stepping.watch import Watched
+
+__all__ = ["NonFiniteError", "Pretraining", "prepare"]
 
 VALIDATION_SEED = 20_211  # the masks of every validation, of every run: losses stay comparable
 
@@ -36,11 +41,7 @@ def prepare(batch: Batch, frontend: nn.Module, waveform_rate_hz: int) -> Batch:
     return Batch(**{**vars(batch), "waveform": waveform, "num_samples": samples})
 
 
-class NonFiniteError(RuntimeError):
-    """Stop a run whose loss or gradient is NaN or infinite, before the update reaches the weights."""
-
-
-class Pretraining(pl.LightningModule):
+class Pretraining(Watched):
     """Train a method (see `audiossl.methods`) for `max_steps` optimiser steps.
 
     `waveform_rate_hz` is the rate of the loader's waveforms; they are resampled on the device when the method's front
@@ -70,6 +71,8 @@ class Pretraining(pl.LightningModule):
         self.row: dict[str, Tensor | float] = {}
         self.excess: Tensor | None = None
         self._window: list[dict[str, Tensor]] = []
+        self._spectra: dict[str, list[Spectrum]] = {}
+        self._refused: Tensor | None = None  # on the device: 1 where it left the last update out
 
     @property
     def global_batch_size(self) -> int:
@@ -92,8 +95,11 @@ class Pretraining(pl.LightningModule):
             output = self.method(self.prepare(batch), generator=noise)
         if micro == 0:
             self.step_batches = []
+            self._spectra = {k: [] for k, v in output.items() if isinstance(v, Spectrum)}
         self.step_batches.append((batch, output["loss"].detach()))
-        self._window.append({k: v.detach() for k, v in output.items()})
+        for name, spectra in self._spectra.items():
+            spectra.append(output[name])
+        self._window.append({k: v.detach() for k, v in output.items() if k not in self._spectra})
         loss = output["loss"]
         if "weight" in output and self.trainer.accumulate_grad_batches > 1:
             loss = loss * (output["weight"] / self._window[0]["weight"].clamp(min=1))  # `excess` is divided out later
@@ -101,10 +107,16 @@ class Pretraining(pl.LightningModule):
             self._log_window()
         return loss
 
-    def on_train_batch_end(self, *_) -> None:
-        self.idle_since = time.perf_counter()
+    def _begin_idle(self, *_) -> None:
+        self.idle_since = time.perf_counter() - self.waited  # a wait for the device is no rest
 
-    on_train_start = on_validation_end = on_train_batch_end
+    on_train_start = on_validation_end = _begin_idle
+
+    def on_train_batch_end(self, *_) -> None:
+        if not self._window and self.global_step % self.trainer.log_every_n_steps == 0:
+            self.settle()  # Lightning is about to read what was logged
+            self._log_ranks()
+        self._begin_idle()
 
     def _log_window(self) -> None:
         """Record the mean of every scalar over the micro-batches of this optimiser step and over the ranks.
@@ -127,8 +139,9 @@ class Pretraining(pl.LightningModule):
     def record(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what belongs to this optimiser step, and keep it in `row` for `callbacks.Rows`."""
         self.row |= metrics
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=name == "loss", on_step=True, on_epoch=False)
+        for name, value in metrics.items():  # plain numbers stay on the host, and Lightning's progress bar shows none
+            value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.log(name, value, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = Noise(VALIDATION_SEED, batch_idx, batch.rows, self.batch_size * self.trainer.world_size, self.device)
@@ -186,17 +199,20 @@ class Pretraining(pl.LightningModule):
             return  # DeepSpeed accumulates by itself, and is asked for a step after every micro-batch
         if self._is_sharded:
             self.trainer.strategy.divide_gradient_by(1.0)  # the next window's, before it begins
-            norm = self.trainer.strategy.gradient_norm()
-            self._refuse_non_finite(norm)
-            self.record({"grad_norm": norm})
+            self.record({"grad_norm": self.trainer.strategy.gradient_norm()})
+            self._spectra = {}
+            self._look(Gradients.of(self.method)).read()
         self.record(changing)
         if hasattr(self.method, "after_step"):
-            self.method.after_step(step, self.max_steps)
+            with step_done(self._refused):
+                self.method.after_step(step, self.max_steps)
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Measure the gradient; a non-finite one ends the run here, inside the closure, before any weight moves.
+        """Measure the gradient; a non-finite one ends the run before any weight moves: here, inside the closure.
 
-        Under 16-mixed an overflowing gradient is the scaler's to skip; a non-finite loss still ends the run.
+        A fused optimiser is told on the device to leave such an update out, and the run ends within the next step, or
+        when something is about to be saved, validated or logged. Under 16-mixed an overflowing gradient is the scaler's
+        to skip; a non-finite loss still ends the run.
         """
         if self._window:
             return
@@ -204,19 +220,30 @@ class Pretraining(pl.LightningModule):
             excess = 1.0 if self.excess is None else float(self.excess)
             # Lightning averages over micro-batches, and DeepSpeed does once more
             self.trainer.strategy.divide_gradient_by(excess / self.trainer.accumulate_grad_batches)
-            return self._refuse_non_finite(0.0)
+            self.put_off(self._look(Gradients.of(self.method)))
+            self.look()
+            return self._log_ranks()
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if self.excess is not None and gradients:
             torch._foreach_div_(gradients, self.excess.to(gradients[0].device))
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._refuse_non_finite(norm)
-        self.record({"grad_norm": norm})
+        found = Gradients.of(self.method)
+        self.record({"grad_norm": found.norm})
+        can_wait = self._scaler is None and can_skip(optimizer)
+        self.put_off(self._look(found, can_wait))
+        if can_wait:
+            self._refused = skip_unless_finite(optimizer, self.row["loss"], found.norm)
+        else:
+            self.look()
+            self._log_ranks()
 
     @property
     def _is_sharded(self) -> bool:
         return hasattr(self.trainer.strategy, "gradient_norm")
 
-    def _refuse_non_finite(self, norm: Tensor | float) -> None:
-        loss = float(self.row["loss"])
-        if not math.isfinite(loss) or (self._scaler is None and not math.isfinite(float(norm))):
-            raise NonFiniteError(f"step {self.global_step}: the loss is {loss:g}, the gradient's norm {float(norm):g}")
+    def _look(self, gradients: Gradients, can_wait: bool = False) -> Look:
+        seen = dict(gradients=gradients, batches=self.step_batches, judges_norm=self._scaler is None)
+        statistics = batch_statistics(self.method) if can_wait else {}
+        return Look(self.global_step, self.row, self._spectra, **seen, statistics=statistics)
+
+    def _log_ranks(self) -> None:
+        self.record({name: self.row[name] for name in self._spectra})

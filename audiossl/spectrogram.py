@@ -17,6 +17,7 @@ from audiossl.noise import Noise
 from audiossl.sound.frontend import FrontEnd, beyond
 from audiossl.sound.mel import htk_mel_matrix, kaldi_mel_matrix
 from audiossl.sound.waveform import resample, resampled_samples, to_float
+from audiossl.stepping.hostcopy import send
 
 __all__ = ["AtstMel", "FrontEnd", "KaldiFbank", "PasstMel", "resample", "resampled_samples", "to_float"]
 
@@ -168,7 +169,9 @@ class PasstMel(FrontEnd):
             )
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None = None, generator: Noise | None = None) -> Tensor:
-        mel = self.mel if not self.training or generator is None else self.mel_matrix(*self.draw_range(generator))
+        if not self.training or generator is None:
+            return self.spectrogram(waveform, num_samples, self.mel)
+        mel = send(self.mel_matrix(*self.draw_range(generator)), waveform.device)
         return self.spectrogram(waveform, num_samples, mel)
 
     def draw_range(self, generator: Noise) -> tuple[float, float]:

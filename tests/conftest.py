@@ -102,3 +102,11 @@ def certificate(tmp_path_factory) -> Path:
     from servers import make_certificate
 
     return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Take the optimiser that GPUs have, which the CPU has too: a look at a step is then put off."""
+    from audiossl import optim
+
+    monkeypatch.setattr(optim, "FUSED_ON", ("cuda", "cpu"))

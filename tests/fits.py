@@ -167,6 +167,10 @@ def train(folder: Path, config: dict[str, Any], fault: dict[str, Any] | None) ->
             leave_the_network()
         if "read-only" in fault:
             stand_in_read_only(Path(fault.pop("read-only")))
+        if fault.pop("fused", False):
+            from audiossl import optim
+
+            optim.FUSED_ON = ("cuda", "cpu")  # a look at a step is put off, as on a GPU
         if fault:
             arm(**fault)
     try:

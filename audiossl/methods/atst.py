@@ -21,7 +21,7 @@ from audiossl.encoder import Encoder, init_truncated_normal
 from audiossl.errors import UserError
 from audiossl.noise import Noise
 from audiossl.parts.batchnorm import BatchNorm1d
-from audiossl.parts.health import effective_rank, feature_std
+from audiossl.parts.health import Spectrum, feature_std
 from audiossl.parts.views import MixupBank, RandomResizedCrop, crop, crop_starts
 from audiossl.running.ranks import mean_of_all_ranks
 from audiossl.schedules import momentum_at
@@ -135,7 +135,7 @@ class TeacherStudent(nn.Module):
             return {"loss": distance.mean() if len(distance) else distance.sum()}
         output = {"loss": mean_of_all_ranks(distance)}
         for name, rows in (("student", prediction.detach()), ("teacher", target)):
-            output |= {f"{name}_std": feature_std(rows), f"{name}_rank": effective_rank(rows)}
+            output |= {f"{name}_std": feature_std(rows), f"{name}_rank": Spectrum.of(rows)}
         return output
 
 

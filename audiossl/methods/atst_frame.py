@@ -19,6 +19,7 @@ from audiossl.noise import Noise
 from audiossl.parts.blockmask import SpanMasking
 from audiossl.parts.positions import truncated_normal
 from audiossl.parts.views import MixupBank, RandomResizedCrop
+from audiossl.stepping.places import Places
 
 
 class ATSTFrame(TeacherStudent):
@@ -79,12 +80,13 @@ class ATSTFrame(TeacherStudent):
         Of the two views (B, 1, F, T) the first is the teacher's alone unless `symmetric`. `valid` (B, N) are the tokens
         that are audio; only they count.
         """
-        is_target = mask if valid is None else mask & valid
+        targets = Places(mask if valid is None else mask & valid)
         for_student, for_teacher = (views, views) if self.symmetric else (views[1:], views[:1])
-        student = [self.encode_masked(self.student.encoder, view, mask, valid)[is_target] for view in for_student]
+        student = [self.encode_masked(self.student.encoder, view, mask, valid) for view in for_student]
         with torch.no_grad():
-            teacher = [self.encoder(view, valid=valid)[is_target] for view in for_teacher]
-        return self.compare(torch.cat(student), torch.cat(teacher), len(views) if self.symmetric else 1)
+            teacher = [self.encoder(view, valid=valid) for view in for_teacher]
+        rows = (torch.cat([targets.take(tokens) for tokens in encoded]) for encoded in (student, teacher))
+        return self.compare(*rows, len(views) if self.symmetric else 1)
 
     def encode_masked(self, encoder: Encoder, view: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
         """Encode (B, 1, F, T) with the mask token in place of patches where `mask` (B, N) is True: (B, N, D)."""

@@ -11,6 +11,8 @@ where ranks run in step, not in validation, where one may have a batch more.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,25 +34,46 @@ def feature_std(features: Tensor) -> Tensor:
     return (variance + VARIANCE_FLOOR).sqrt().mean()
 
 
-@torch.no_grad()
+@dataclass
+class Spectrum:
+    """Hold what the effective rank is computed from: `gram` (n, n) float32, whose eigenvalues below `floor` () are 0.
+
+    Eigenvalues make the host wait for a GPU. So a method logs the spectrum, and the trainer computes its `rank` from a
+    copy, when the host has it.
+    """
+
+    gram: Tensor
+    floor: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, features: Tensor) -> Spectrum:
+        """Take the rows (..., D) of all ranks: in float32, also under autocast, and NaN as 0."""
+        rows = features.detach().float().flatten(0, -2).nan_to_num(0.0, 0.0, 0.0)
+        _, centred = _centre(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            is_tall = _is_distributed() or rows.shape[0] > rows.shape[1]  # the smaller product has the same spectrum
+            gram = _over_ranks(centred.T @ centred) if is_tall else centred @ centred.T
+        epsilon = torch.finfo(torch.float32).eps
+        return cls(gram, 4 * epsilon * gram.trace() + 100 * epsilon**2 * _over_ranks(rows.square().sum()))
+
+    @torch.no_grad()
+    def rank(self) -> Tensor:
+        """Count the directions in use: scalar float32, see `effective_rank`."""
+        squares = torch.linalg.eigvalsh(self.gram)
+        values = torch.where(squares > self.floor, squares, 0.0).sqrt()
+        total = values.sum()
+        entropy = torch.special.entr(values / total.clamp(min=torch.finfo(torch.float32).tiny)).sum()
+        return entropy.exp() * (total > 0)
+
+
 def effective_rank(features: Tensor) -> Tensor:
     """Count the directions that the rows use: (..., D) -> scalar float32, from 0 (all agree, or no row) to D.
 
     exp of the entropy of the centred features' singular values, normalised to sum 1, over the rows of all ranks. In
     float32, also under autocast; values below what float32 can tell from rounding count as 0, and NaN as 0.
     """
-    rows = features.detach().float().flatten(0, -2).nan_to_num(0.0, 0.0, 0.0)
-    _, centred = _centre(rows)
-    with torch.autocast(rows.device.type, enabled=False):
-        is_tall = _is_distributed() or rows.shape[0] > rows.shape[1]  # the smaller product has the same spectrum
-        gram = _over_ranks(centred.T @ centred) if is_tall else centred @ centred.T
-    squares = torch.linalg.eigvalsh(gram)
-    epsilon = torch.finfo(torch.float32).eps
-    rounding = 4 * epsilon * gram.trace() + 100 * epsilon**2 * _over_ranks(rows.square().sum())
-    values = torch.where(squares > rounding, squares, 0.0).sqrt()
-    total = values.sum()
-    entropy = torch.special.entr(values / total.clamp(min=torch.finfo(torch.float32).tiny)).sum()
-    return entropy.exp() * (total > 0)
+    return Spectrum.of(features).rank()
 
 
 def _centre(rows: Tensor) -> tuple[Tensor, Tensor]:

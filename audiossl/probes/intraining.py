@@ -25,6 +25,7 @@ from audiossl.heads.examples import Split
 from audiossl.index import Index
 from audiossl.running.ranks import others_wait
 from audiossl.sound.audio import AudioError, decode, resample, to_int16
+from audiossl.stepping.watch import settle
 
 
 def clip_statistics(frontend: nn.Module, waveforms: Sequence[NDArray], *, batch_size: int) -> NDArray[np.float32]:
@@ -157,6 +158,7 @@ class ProbeCallback(Callback):
         step = trainer.global_step
         if step in self.history:  # several micro-batches end at the same step
             return
+        settle(module)
         with others_wait():
             is_first = trainer.is_global_zero
             self.history[step] = self.probe.run(module.method.encoder, module.method.frontend) if is_first else {}

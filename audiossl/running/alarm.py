@@ -36,9 +36,10 @@ class CollapseAlarm(Callback):
     cosine of 1 - s ** 2: at .25 a clip predicted from another one has a loss of .125, so a loss below .1 says next to
     nothing.
 
-    What the method does not log is not judged. All ranks see the same means and stop at the same step, before a
-    checkpoint of it, rank 0 with `CollapseError` and the others with `SystemExit(2)`; `action` warn says it once each
-    time it comes to that. Counts and highest ranks are in the checkpoint, so a resumed run rings at the same step.
+    What the method does not log is not judged. All ranks see the same means and stop at the same step, or, where the
+    look at it was put off, during the next; before a checkpoint of it, rank 0 with `CollapseError` and the others with
+    `SystemExit(2)`; `action` warn says it once each time it comes to that. Counts and highest ranks are in the
+    checkpoint, so a resumed run rings at the same step.
     """
 
     def __init__(
@@ -49,27 +50,22 @@ class CollapseAlarm(Callback):
         self.patience = patience
         self.steps = {"std": 0, "rank": 0}  # in a row
         self.highest: dict[str, float] = {}
-        self._said: str | None = None
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        # here the host waits for the device anyway, to see whether the gradient is finite
-        row = {name: float(module.row[name]) for name in ("loss", *STDS, RANK) if name in module.row}
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        module.tell()
+
+    def on_step_seen(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, row: dict[str, float]) -> None:
+        """Judge optimiser step `step` by what it logged."""
+        row = {name: row[name] for name in ("loss", *STDS, RANK) if name in row}
         if row.keys() <= {"loss"}:
             return
         signs = {"std": self._low_std(row, getattr(module.method, "feature_dim", None)), "rank": self._low_rank(row)}
         for name, sign in signs.items():
             self.steps[name] = self.steps[name] + 1 if sign else 0
         rung = [sign for name, sign in signs.items() if sign and self.steps[name] == self.patience]
-        if rung:
-            self._said = (
-                f"step {trainer.global_step}: the features have collapsed: for {self.patience} steps "
-                f"{' and '.join(rung)}; {ADVICE}"
-            )
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        said, self._said = self._said, None
-        if said is None:
+        if not rung:
             return
+        said = f"step {step}: the features have collapsed: for {self.patience} steps {' and '.join(rung)}; {ADVICE}"
         if self.action == "warn":
             if trainer.is_global_zero:
                 log.warning("%s", said)

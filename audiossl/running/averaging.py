@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from audiossl.checkpoints.room import bytes_of
 from audiossl.errors import UserError
+from audiossl.stepping.watch import look
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Averaging(Callback):
             return
         self._seen_step = step
         if step >= self.first_step and (step - self.first_step) % self.every_steps == 0:
+            look(pl_module)
             self.model.update_parameters(pl_module.method)
             log.debug("snapshot %d joins the average after step %d", int(self.model.n_averaged), step)
 

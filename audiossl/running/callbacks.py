@@ -32,6 +32,7 @@ class Progress(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         metrics = {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
+        metrics |= {"loss": module.last_row["loss"]} if module.last_row else {}
         rate = trainer.callback_metrics.get("clips_per_second")
         return metrics | ({"clips/s": f"{float(rate):.0f}"} if rate is not None else {})
 
@@ -82,10 +83,15 @@ class Throughput(Callback):
             self._counter.__exit__(None, None, None)
             self.flops_per_clip, self._counter = self._counter.get_total_flops() / len(batch), None
             module.record({"flops_per_clip": self.flops_per_clip})
+            module.waited = 0.0
             return
-        self._seconds += time.perf_counter() - module.idle_since
         self._batches += 1
-        if self._batches < self.every_steps * trainer.accumulate_grad_batches:
+        is_due = self._batches >= self.every_steps * trainer.accumulate_grad_batches
+        if is_due:
+            module.look()  # the device is to have done what is counted
+        self._seconds += time.perf_counter() - module.idle_since
+        module.waited = 0.0
+        if not is_due:
             return
         clips = self._batches * module.batch_size * trainer.world_size / self._seconds
         metrics = {"clips_per_second": clips}
@@ -128,6 +134,7 @@ class Rows(Callback):
             return
         self._seen_step = trainer.global_step
         if trainer.global_step % trainer.log_every_n_steps == 0:
+            module.look()
             self.metrics.log_metrics({k: float(v) for k, v in module.row.items()}, trainer.global_step - 1)
             self.metrics.save()
 
@@ -149,6 +156,7 @@ class Pictures(Callback):
         step = trainer.global_step
         is_boundary = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
         if self.clips and is_boundary and step % self.every_steps == 0:
+            module.settle()
             with others_wait():
                 if trainer.is_global_zero:
                     self._draw(trainer, module, step)
@@ -171,23 +179,23 @@ class Forensics(Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, NonFiniteError):
             return
-        seen = module.step_batches
-        batches = [(b, x) for b, x in seen if not x.isfinite()] or seen  # the guilty micro-batches, else all
-        bad = [n for n, p in module.method.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        look = exception.look
+        batches = [(b, x) for b, x in look.batches if not x.isfinite()] or look.batches  # the guilty ones, else all
         suffix = f"-rank={trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = self.folder / f"nonfinite-step={trainer.global_step:09d}{suffix}.pt"
+        path = self.folder / f"nonfinite-step={look.step:09d}{suffix}.pt"
         keys = [key for batch, _ in batches for key in batch.key]
         record = {
-            "step": trainer.global_step,
+            "step": look.step,
             "losses": [float(loss) for _, loss in batches],
             "keys": keys,
             "waveforms": [None if b.waveform is None else b.waveform.cpu() for b, _ in batches],
             "spectrograms": [None if b.spectrogram is None else b.spectrogram.cpu() for b, _ in batches],
             "targets": [None if b.target is None else b.target.cpu() for b, _ in batches],
-            "non_finite_gradients": bad,
+            "non_finite_gradients": look.spoilt,
         }
         if trainer.is_global_zero:
-            record["weights"] = {k: v.cpu() for k, v in module.method.state_dict().items()}
+            weights = module.method.state_dict() | look.statistics
+            record["weights"] = {k: v.cpu() for k, v in weights.items()}
         write_atomically(path, lambda file: torch.save(record, file))
         named = ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "")
         log.error("%s; clips %s; the update was not applied; what it takes to look into it: %s", exception, named, path)

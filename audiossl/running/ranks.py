@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def sum_of_all_ranks(count: int, device: torch.device) -> Tensor:
+def sum_of_all_ranks(count: int | Tensor, device: torch.device) -> Tensor:
     """Add up a number over all ranks: a float32 scalar on `device`. All ranks must call it equally often."""
-    total = torch.full((), float(count), device=device)  # filled there: a copy would make the host wait
+    if isinstance(count, Tensor):
+        total = count.detach().to(device, torch.float32, copy=True)
+    else:
+        total = torch.full((), float(count), device=device)  # filled there: a copy would make the host wait
     if _size() > 1:
         dist.all_reduce(total)
     return total

@@ -72,11 +72,10 @@ def build_trainer(
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     total = max_steps * accumulate
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **settings,
         accelerator=layout.accelerator,
-        devices=layout.devices,
-        num_nodes=layout.num_nodes,
+        **dict(devices=layout.devices, num_nodes=layout.num_nodes),
         **how,
         max_steps=max_steps,
         max_epochs=-1,
@@ -90,3 +89,17 @@ def build_trainer(
         plugins=plugins,
         default_root_dir=config["run_dir"],
     )
+    return _left_in_peace(trainer)
+
+
+def _left_in_peace(trainer: pl.Trainer) -> pl.Trainer:
+    """Have no rank asked for a SIGTERM before every micro-batch, for whose answer a GPU would have to be waited for.
+
+    Signals are `checkpoints.preemption`'s.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+    return trainer
+
+
+def _ask_nobody() -> None:
+    """Take the place of Lightning's question."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from audiossl.batch import Batch
 from audiossl.errors import UserError
 from audiossl.scoring.events import raster
+from audiossl.stepping.hostcopy import send
 
 Event = tuple[float, float, int]  # onset and offset in seconds from the clip's start, position in the vocabulary
 
@@ -62,7 +63,7 @@ class EventTargets:
                 rows.append(frame_targets(self.events[key], *raster, num_classes=self.num_classes)[None])
             else:
                 rows.append(torch.full((1, num_columns, self.num_classes), math.nan))
-        return replace(batch, frame_target=torch.cat(rows).to(_device_of(batch)))
+        return replace(batch, frame_target=send(torch.cat(rows), _device_of(batch)))
 
 
 class ClipTargets:
