@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audiossl.stepping.hostcopy import send_beside
+
 
 class Skipped(NamedTuple):
     """Name a clip that could not be read, and its row of the global batch."""
@@ -44,10 +46,13 @@ class Batch:
         first = self.waveform if self.waveform is not None else self.spectrogram
         return 0 if first is None else len(first)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Move every tensor."""
-        moved = {n: v.to(device, non_blocking=non_blocking) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor, to a GPU without waiting; but `start_seconds`, which is for the host to look at."""
+        device, own = torch.device(device), {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
+        own.pop("start_seconds", None)
+        from_host = {n: v for n, v in own.items() if v.device.type == "cpu"}
+        moved = {n: v.to(device) for n, v in own.items() if n not in from_host}
+        return replace(self, **moved, **send_beside(from_host, device))
 
     def pin_memory(self) -> Batch:
         """Pin every tensor, as a `DataLoader` with `pin_memory` asks."""

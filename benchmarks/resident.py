@@ -65,7 +65,7 @@ def tiny_step(device: torch.device):
     optimiser = torch.optim.AdamW(method.parameters(), 1e-4)
 
     def step(batch) -> None:
-        batch = batch.to(device, non_blocking=True)
+        batch = batch.to(device)
         batch.waveform = batch.waveform.float() / 32768
         batch.waveform = batch.waveform[:, ::2]  # 16 kHz; what a resampler costs is not the question
         loss = method(batch, generator=Noise.for_batch(0, 0, len(batch), device))["loss"]

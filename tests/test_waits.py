@@ -9,6 +9,7 @@ from test_finetuning import build as fine_tuned
 from test_pretraining import OPTIM, QUIET
 from waits import SHORT, Waits, count, fit_with
 
+from audiossl.batch import Batch
 from audiossl.pretraining import Pretraining
 
 METHODS = ["audiomae", "atst_clip", "atst_frame", "passt"]
@@ -58,6 +59,25 @@ def test_on_a_gpu_torch_sees_no_wait_in_a_step(model, tmp_path, monkeypatch):
     rare = ("trainer.max_steps=10", "trainer.log_every_n_steps=50", "trainer.enable_progress_bar=true")
     fit_with(strict, tmp_path, monkeypatch, *settings_of(model), *SHORT, *device, *rare)
     assert strict.steps == 6
+
+
+@pytest.mark.gpu
+def test_batches_sent_beside_what_a_gpu_computes_arrive_whole():
+    """Never run where this was written: there was no GPU. Each is sent while a long product is computed."""
+    busy, found = torch.randn(4096, 4096, device="cuda"), []
+    for number in range(20):
+        batch = Batch(waveform=torch.full((64, 160_000), number, dtype=torch.int16)).pin_memory()
+        for _ in range(3):
+            busy = busy @ busy / busy.norm()
+        found.append(batch.to("cuda").waveform.sum())
+    assert [int(total) for total in found] == [number * 64 * 160_000 for number in range(20)]
+
+
+def test_a_batch_is_moved_whole_but_for_what_the_host_looks_at():
+    batch = Batch(waveform=torch.ones(2, 3), rows=torch.arange(2), key=["a", "b"], start_seconds=torch.zeros(2))
+    moved = batch.to("meta")
+    assert moved.waveform.is_meta and moved.rows.is_meta and moved.key == ["a", "b"]
+    assert moved.start_seconds is batch.start_seconds and moved.to("meta").waveform.is_meta
 
 
 def test_what_is_counted_as_a_wait_is_found(tmp_path, monkeypatch):

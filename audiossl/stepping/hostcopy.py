@@ -6,7 +6,8 @@ after much other work has been queued behind it, has long arrived by then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,3 +41,27 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def send_beside(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move tensors of the host to a device without waiting; to a GPU beside what it computes, if they are pinned.
+
+    The copies have a stream of their own, so that those of the next step run during this one; the stream of now waits
+    for them, on the device.
+    """
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    now, copies = torch.cuda.current_stream(device), _stream_for_copies(device)
+    with torch.cuda.stream(copies):
+        sent = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    now.wait_stream(copies)
+    for tensor in sent.values():
+        tensor.record_stream(
+            now
+        )  # its memory, which is the copies' own, is not used again before `now` is done with it
+    return sent
+
+
+@cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

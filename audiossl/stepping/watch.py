@@ -7,12 +7,9 @@ Whoever writes something down, or judges the weights, calls for the last look fi
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import lightning.pytorch as pl
-import torch
 
-from audiossl.batch import Batch
 from audiossl.stepping.look import Look
 
 
@@ -29,10 +26,6 @@ class Watched(pl.LightningModule):
         self.waited = 0.0  # seconds: for looks, since somebody set it back
         self._pending: Look | None = None
         self._untold: tuple[int, dict[str, float]] | None = None
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Send a batch without waiting; where its crops begin is asked for on the host (`tuning.targets`)."""
-        return replace(batch.to(device, non_blocking=device.type == "cuda"), start_seconds=batch.start_seconds)
 
     def put_off(self, look: Look) -> None:
         """Read a look later."""

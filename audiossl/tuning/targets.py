@@ -79,9 +79,12 @@ class ClipTargets:
         """Return the batch with other targets; the number and length of its columns play no part."""
         if not len(batch):
             return batch
-        given = [self.targets.get(key, own) for key, own in zip(batch.key, batch.target, strict=True)]
-        target = torch.stack([row.to(batch.target) for row in given])
-        return replace(batch, target=target)
+        given = [self.targets.get(key) for key in batch.key]
+        unknown = torch.zeros(batch.target.shape[1])
+        rows = torch.stack([unknown if row is None else row.to(unknown) for row in given])
+        device = batch.target.device
+        is_given = send(torch.tensor([[row is not None] for row in given]), device)
+        return replace(batch, target=torch.where(is_given, send(rows, device), batch.target))
 
 
 def _device_of(batch: Batch) -> torch.device:
