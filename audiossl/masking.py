@@ -157,11 +157,12 @@ class Patchout:
     per_clip: every clip loses others; published: all clips of a batch lose the same.
     """
 
-    def __init__(self, *, time: int, frequency: int, single: int, per_clip: bool):
+    def __init__(self, *, time: int, frequency: int, single: int, per_clip: bool, section: str = "model"):
         for name, value in (("time", time), ("frequency", frequency), ("random", single)):
             if value < 0:
-                raise UserError(f"model.patchout_{name}={value}: must be at least 0, which leaves nothing out")
+                raise UserError(f"{section}.patchout_{name}={value}: must be at least 0, which leaves nothing out")
         self.time, self.frequency, self.single, self.per_clip = time, frequency, single, per_clip
+        self.section = section  # of the settings, for errors
 
     def num_kept(self, grid: tuple[int, int]) -> int:
         """Count the patches K that stay of a grid; raise `UserError` where none does."""
@@ -169,7 +170,7 @@ class Patchout:
         count = rows * columns - self.single
         if min(rows, columns, count) < 1:
             raise UserError(
-                f"model.patchout_time={self.time}, patchout_frequency={self.frequency} and patchout_random="
+                f"{self.section}.patchout_time={self.time}, patchout_frequency={self.frequency} and patchout_random="
                 f"{self.single} leave nothing of {grid[0]} x {grid[1]} patches (frequency x time): lower them"
             )
         return count

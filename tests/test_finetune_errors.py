@@ -83,8 +83,10 @@ def test_values_that_cannot_be_are_named_with_their_key(folder, init, tmp_path, 
 
 
 def test_an_encoder_that_is_not_there_is_named(folder, tmp_path):
-    assert "nowhere" in refused(tmp_path, tmp_path / "nowhere", folder)
-    assert "nowhere" in refused(tmp_path, f"untrained:{tmp_path / 'nowhere'}", folder)
+    packed = f"task.cache_dir={tmp_path / 'packed'}"
+    assert "nowhere" in refused(tmp_path, tmp_path / "nowhere", folder, packed)
+    assert "nowhere" in refused(tmp_path, f"untrained:{tmp_path / 'nowhere'}", folder, packed)
+    assert not (tmp_path / "packed").exists(), "it is said before hours of packing"
     assert not (tmp_path / "run" / "finetune.yaml").exists(), "its folder would count as a run's, and be refused"
 
 

@@ -90,9 +90,9 @@ FAULTS = {
     "a head that does not exist": (["probe.heads=[knnn]"], "probe.heads"),
     "a fold that is not there": (["task.folds=[7]"], "there is no fold 7"),
     "an unknown label": (["task.classes=[dog,rain]"], "is not in task.classes"),
-    "no encoder there": (["init=nowhere/encoder"], "nowhere/encoder"),
+    "no encoder there": (["init=nowhere/encoder", "task.cache_dir=unpacked"], "nowhere/encoder"),
     "class tokens that are not there": (["init=atst", "probe.pooling=class"], "no class token"),
-    "more layers than there are": (["probe.layers=99"], "probe.layers=99"),
+    "more layers than there are": (["probe.layers=99", "task.cache_dir=unpacked"], "probe.layers=99"),
     "a support of nothing": (["probe.temporal_support=0"], "probe.temporal_support"),
 }
 
@@ -104,6 +104,7 @@ def test_what_the_user_can_mend_is_one_line(place, task, fault):
     output = probe(*task, *init, *SMALL, *arguments, f"name={fault.replace(' ', '_')}", cwd=place, expect=2)
     (line,) = [line for line in output.splitlines() if line.startswith("probe.py: ")]
     assert words in line and "Traceback" not in output
+    assert not (place / "unpacked").exists(), "it is said before hours of packing"
 
 
 def test_a_set_of_one_class_is_one_line(place):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from audiossl.errors import UserError
 from audiossl.features.source import Source
-from audiossl.heads.examples import Layers, Pooling
+from audiossl.heads.examples import Layers, Pooling, take_layers
 from audiossl.heads.fitting import NetSettings
 from audiossl.probes import pictures, results
 from audiossl.probes.cache import FeatureCache, name_bad
@@ -69,6 +70,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"probe.thresholds={settings.thresholds}: a probability above 0 and below 1, or validation")
     heads = heads_of(settings.heads, config["heads"])
     results.refuse_other(folder, config)
+    _check_source(open_source(config["init"]), "encoder", settings)  # before the set is packed, which may take hours
     task = load_task(**config["task"])
     check_heads(task, heads)
     task.check_times()
@@ -102,7 +104,7 @@ def _probed(task: Task, role: str, init: str | list[str], settings: Settings, he
     support = settings.temporal_support
     if support is not None and source.max_seconds is not None and support > source.max_seconds + 0.1:
         log.warning("%s hears %.2f s at most: a support of %g s is cut to it", source.name, source.max_seconds, support)
-    reading = _reading(settings, role)
+    reading = _check_source(source, role, settings)
     wanted = wanted_of(task, heads, support, reading.layers, settings.cached_layers)
     cache = FeatureCache(settings.cache_dir, settings.cache_gb)
     features = cache.features(source, task, wanted, batch_size=settings.batch_size)
@@ -123,6 +125,13 @@ def _probed(task: Task, role: str, init: str | list[str], settings: Settings, he
         choices = {"chosen": judged.chosen, "head_seconds": round(judged.seconds, 2)}
         found.append((about | {"support_seconds": support} | summary | choices | cost, judged))
     return _Probed(found, features.bad)
+
+
+def _check_source(source: Source, role: str, settings: Settings) -> Reading:
+    """Say how a source is read; raise `UserError` where it has not the layers."""
+    reading = _reading(settings, role)
+    take_layers(np.empty((0, settings.cached_layers or source.num_layers)), reading.layers)
+    return reading
 
 
 def _open(task: Task, init: str | list[str], settings: Settings) -> Source:

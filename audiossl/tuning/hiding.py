@@ -39,7 +39,7 @@ class Hiding(nn.Module):
         if draws not in ("published", "corrected"):
             raise UserError(f"model.hiding.draws={draws!r}: choose published or corrected")
         counts = dict(time=patchout_time, frequency=patchout_frequency, single=patchout_random)
-        self.patchout = Patchout(**counts, per_clip=draws == "corrected")
+        self.patchout = Patchout(**counts, per_clip=draws == "corrected", section="model.hiding")
         is_masked, self.leaves_out = mask_ratio_time > 0 or mask_ratio_frequency > 0, any(counts.values())
         if is_masked and self.leaves_out:
             raise UserError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,21 @@ def start_of(config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     return folder / (f"start-seed{seed}.safetensors" if has_several else "start.safetensors")
 
 
-def write_start(config: Mapping[str, Any], path: Path, seed: int, *, clip_seconds: float, keep: bool) -> None:
-    """Open `init`, fitted to the clip length and normalisation that the config asks for, and export it to `path`.
+def opener(init: str) -> Callable[[], PretrainedEncoder]:
+    """Make what opens `init` when it is first called; raises `UserError` then, for what cannot be opened."""
+    return cache(lambda: _opened(init.removeprefix(UNTRAINED)))
+
+
+def write_start(
+    config: Mapping[str, Any],
+    opened: Callable[[], PretrainedEncoder],
+    path: Path,
+    seed: int,
+    *,
+    clip_seconds: float,
+    keep: bool,
+) -> None:
+    """Fit `init`, `opened`, to the clip length and normalisation that the config asks for, and export it to `path`.
 
     `clip_seconds` is how long the set's clips usually are, for `frontend.seconds=clips`: see `length_for`.
     `untrained:` before it draws all weights anew, from `seed`. `keep`: an export that a resumed run finds there stays.
@@ -45,7 +59,7 @@ def write_start(config: Mapping[str, Any], path: Path, seed: int, *, clip_second
     """
     if keep and path.exists():
         return
-    model = _opened(config["init"].removeprefix(UNTRAINED))
+    model = opened()
     if config["init"].startswith(UNTRAINED):
         model = untrained(model, seed)
     chunked = config["model"]["chunk_frames"] is not None
