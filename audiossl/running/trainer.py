@@ -72,24 +72,26 @@ def build_trainer(
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     total = max_steps * accumulate
-    trainer = pl.Trainer(
-        **settings,
-        accelerator=layout.accelerator,
-        **dict(devices=layout.devices, num_nodes=layout.num_nodes),
-        **how,
-        max_steps=max_steps,
-        max_epochs=-1,
-        val_check_interval=min(config["validate_every_steps"] * accumulate, total) if has_validation else 1.0,
-        limit_val_batches=1.0 if has_validation else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=plugins,
-        default_root_dir=config["run_dir"],
+    return _left_in_peace(
+        pl.Trainer(
+            **settings,
+            accelerator=layout.accelerator,
+            devices=layout.devices,
+            num_nodes=layout.num_nodes,
+            **how,
+            max_steps=max_steps,
+            max_epochs=-1,
+            val_check_interval=min(config["validate_every_steps"] * accumulate, total) if has_validation else 1.0,
+            limit_val_batches=1.0 if has_validation else 0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=plugins,
+            default_root_dir=config["run_dir"],
+        )
     )
-    return _left_in_peace(trainer)
 
 
 def _left_in_peace(trainer: pl.Trainer) -> pl.Trainer:
