@@ -206,10 +206,8 @@ def test_of_a_clip_that_is_cut_the_events_are_cut_too(task_of, tmp_path):
 def test_events_past_the_end_of_their_recording_are_named(task_of, tmp_path, caplog):
     tables = dict(train="a.wav\t0.1\t1.2\tdog\nb.wav\t0.2\t0.9\tcat\n", test="c.wav\t0.3\t9.0\tdog\nc.wav\t7\t8\tcat\n")
     task_of(sed_folder(tmp_path / "sed", **tables))
-    (said,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
-    assert (
-        said == "2 events end after their recording does, where nothing is heard: audio/c.wav: dog, 0.3 to 9 s of 1 s"
-    )
+    (said,) = [record.getMessage() for record in caplog.records if "after their recording" in record.getMessage()]
+    assert said.startswith("2 events end ") and said.endswith("nothing is heard: audio/c.wav: dog, 0.3 to 9 s of 1 s")
 
 
 @pytest.mark.parametrize(
