@@ -51,7 +51,7 @@ class Assumptions:
     gradient_bytes: float = 4.0  # a weight
     bucket_mb: float = 25.0  # of DistributedDataParallel
     backward_share: float = 2 / 3  # of a step
-    decode_clips_s: float = 257.0  # a worker, ten seconds of FLAC at 32 kHz (benchmarks.loader, a busy AMD EPYC)
+    decode_clips_s: float = 364.0  # a worker, ten seconds of FLAC at 32 kHz (benchmarks.loader, an idle AMD EPYC)
     cores_gpu: float = 16.0
     disk_gb_s: float = 5.0  # a node of eight, guessed
     clip_kb: float = 0.0  # ten seconds of FLAC; 0: as measured on the demo set at 32 kHz

@@ -131,8 +131,8 @@ def patchout(arguments, report: Report) -> None:
     """Hold the time that patchout saves against the operations it saves, on fused attention and on unfused."""
     columns = {"hop, ms": 8, "tokens": 12, "FLOP ratio": 11, "stated": 7, "time ratio": 20, "share": 6, "unfused": 20}
     report.table(columns, "PaSST: a step without patchout against one with it", "patchout")
-    sizes = ["model.depth=1"] if arguments.device == "cpu" else []
-    sizes += ["model.width=192", "model.num_heads=3"] if arguments.quick else []
+    sizes = [f"model.depth={arguments.depth}"] if arguments.device == "cpu" else []
+    sizes += ["model.depth=1", "model.width=192", "model.num_heads=3"] if arguments.quick else []
     for hop in arguments.hops:
         time_columns, rows, stated = PATCHOUT[hop]
         given = [*sizes, f"frontend.hop_ms={hop}"]
@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=["base", "large"], help="that are counted (%(default)s)")
     parser.add_argument("--hops", nargs="+", default=list(PATCHOUT), choices=list(PATCHOUT), help="PaSST's, ms")
     parser.add_argument("--batch", type=int, default=2, help="clips a step (%(default)s)")
+    parser.add_argument("--depth", type=int, default=2, help="PaSST's blocks, on a CPU (%(default)s; published 12)")
     parser.add_argument("--compile", action="store_true", help="ours compiled: minutes more")
     arguments = prepared(parser, argv)
     if arguments.quick:
