@@ -71,6 +71,23 @@ def test_multinomial_regression_of_all_folds_at_once_is_scikit_learns(num, l2):
         assert np.abs(one.probabilities - wanted).max() < 1e-3
 
 
+@pytest.mark.parametrize("is_exclusive", [True, False])
+def test_features_too_large_for_float64_are_read_in_pieces_to_the_same_head(monkeypatch, tmp_path, is_exclusive):
+    features, labels = clips(300)
+    features[:, 3] = 2.5  # constant
+    np.save(tmp_path / "features.npy", features)
+    mapped, targets = np.load(tmp_path / "features.npy", mmap_mode="c"), np.eye(4)[labels]
+    whole, pieces = (examples_of(some, targets, is_exclusive=is_exclusive) for some in (features, mapped))
+    expected = linear(whole, folds(300), l2_grid=[0.1, 1.0], with_validation=True)
+    monkeypatch.setattr("audiossl.heads.linear.VALUES_IN_FLOAT64", 0)
+    monkeypatch.setattr("audiossl.heads.lbfgs.VALUES_AT_ONCE", 70 * 20)
+    found = linear(pieces, folds(300), l2_grid=[0.1, 1.0], with_validation=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one.chosen == other.chosen
+        assert np.allclose(one.probabilities, other.probabilities, atol=1e-6)
+        assert np.allclose(one.validation, other.validation, atol=1e-6)
+
+
 def test_one_against_the_rest_is_scikit_learns_on_the_labels_that_are_known():
     features, _ = clips(300)
     rng = np.random.default_rng(1)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 HISTORY, SUFFICIENT, SHRINK, MAX_HALVINGS = 10, 1e-4, 0.5, 30
+VALUES_AT_ONCE = 2**23  # of features that are made float64 for a product
 
 
 @dataclass(frozen=True)
 class Logistic:
     """Pose K logistic regressions on features (n, D): multinomial, or one against the rest for every class.
 
+    All is float64; but features may be float32, and are then made float64 a piece at a time, where all at once would
+    not fit.
     targets (n, C) are 0 or 1; weights (K, n) or (K, n, C) say how much a row (its class) counts for a problem, 0 for
     not at all; l2 (K,) weighs half the squared coefficients against the sum of the losses, as 1 / C of scikit-learn.
     mean and deviation (K, D) standardise the features. A point is (K, D + 1, C), the intercepts last, which are free.
@@ -39,7 +43,7 @@ class Logistic:
         features = self.features if features is None else features
         scaled = points[:, :-1] / self.deviation[which, :, None]
         offset = points[:, -1] - torch.einsum("kd,kdc->kc", self.mean[which], scaled)
-        flat = features @ scaled.permute(1, 0, 2).flatten(1)
+        flat = product(features, scaled.permute(1, 0, 2).flatten(1))
         return flat.unflatten(1, (len(which), -1)).transpose(0, 1) + offset[:, None]
 
     def __call__(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +64,34 @@ class Logistic:
         penalty = self.l2[which] / total
         loss = (weights * losses).sum((1, 2)) / total + penalty / 2 * points[:, :-1].square().sum((1, 2))
         intercept = residual.sum(1)
-        by_feature = (self.features.T @ residual.transpose(0, 1).flatten(1)).unflatten(1, (len(which), -1))
+        by_feature = transposed_product(self.features, residual.transpose(0, 1).flatten(1)).unflatten(
+            1, (len(which), -1)
+        )
         by_feature = by_feature.transpose(0, 1) - self.mean[which, :, None] * intercept[:, None]
         coefficients = by_feature / self.deviation[which, :, None] + penalty[:, None, None] * points[:, :-1]
         return loss, torch.cat([coefficients, intercept[:, None]], dim=1).flatten(1)
+
+
+def pieces(features: Tensor) -> list[slice]:
+    """Cut (n, D) into rows of which some millions of values are float64 at once; float64 is in one piece."""
+    at_once = len(features) if features.dtype == torch.float64 else VALUES_AT_ONCE // max(features.shape[1], 1)
+    ends = [*range(0, len(features), max(at_once, 1)), len(features)]
+    return [slice(*ends) for ends in pairwise(ends)]
+
+
+def product(features: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply (n, D) with (D, m), float64."""
+    return torch.cat(
+        [features[rows].double() @ matrix for rows in pieces(features)] or [matrix.new_zeros(0, matrix.shape[1])]
+    )
+
+
+def transposed_product(features: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply the transpose of (n, D) with (n, m), float64."""
+    total = matrix.new_zeros(features.shape[1], matrix.shape[1])
+    for rows in pieces(features):
+        total += features[rows].double().T @ matrix[rows]
+    return total
 
 
 def minimise(objective: Objective, start: Tensor, *, tolerance: Tensor, max_iterations: int = 2000) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from audiossl.heads.examples import Examples, Split, tensor_of
-from audiossl.heads.lbfgs import Logistic, minimise
+from audiossl.heads.lbfgs import Logistic, minimise, pieces
 from audiossl.heads.quality import cross_entropy, quality
 
+VALUES_IN_FLOAT64 = 1e8  # of features; more stay float32, and may stay on disk
 VALUES_AT_ONCE = 5e7  # logits held together
 PAIRS_AT_ONCE = 5e7
 Problem = tuple[NDArray, float]  # the rows that it is fitted on, and the weight of its penalty
@@ -45,7 +46,9 @@ def linear(
     that of least cross-entropy on the validation examples is taken. Where there is one entry, nothing is chosen and
     validation examples are trained on.
     """
-    features = tensor_of(examples.vectors()).to(device, torch.float64)
+    features = tensor_of(examples.vectors()).to(device)
+    if features.numel() <= VALUES_IN_FLOAT64:
+        features = features.double()
     targets = tensor_of(examples.targets).to(device, torch.float64)
     known = None if examples.known is None else tensor_of(examples.known).to(device)
     chosen = [l2_grid[0]] * len(splits)
@@ -92,7 +95,7 @@ def _logits(
         size = (features.shape[1] + 1) * targets.shape[1]
         counts = torch.tensor([float(len(rows)) for rows, _ in some], device=features.device)
         tolerance = (1e-3 * logistic.l2 / counts).clamp(1e-9, 1e-6) / precision  # a flat valley: nearer its floor
-        points = minimise(logistic, features.new_zeros(len(some), size), tolerance=tolerance)
+        points = minimise(logistic, targets.new_zeros(len(some), size), tolerance=tolerance)
         everything = torch.arange(len(some), device=features.device)
         yield from logistic.scores(points.unflatten(1, (-1, targets.shape[1])), everything)
 
@@ -104,26 +107,40 @@ def _posed(
     problems: Sequence[tuple[NDArray, float]],
     is_exclusive: bool,
 ) -> Logistic:
-    weights, means, deviations = features.new_zeros(len(problems), len(features)), [], []
+    weights, means, deviations = targets.new_zeros(len(problems), len(features)), [], []
     seen: dict[bytes, tuple[Tensor, Tensor]] = {}
     for number, (rows, _) in enumerate(problems):
         place = torch.from_numpy(np.asarray(rows)).to(features.device)
         weights[number, place] = 1.0
         if (key := np.asarray(rows).tobytes()) not in seen:
-            seen[key] = standardisation(features[place])
+            seen[key] = standardisation_of(features, place)
         mean, deviation = seen[key]
         means.append(mean)
         deviations.append(deviation)
     if known is not None:
         weights = weights[:, :, None] * known[None]
-    l2 = torch.tensor([l2 for _, l2 in problems], dtype=features.dtype, device=features.device)
+    l2 = torch.tensor([l2 for _, l2 in problems], dtype=targets.dtype, device=features.device)
     return Logistic(features, targets, weights, l2, torch.stack(means), torch.stack(deviations), is_exclusive)
+
+
+def standardisation_of(features: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean and deviation of the rows `place` (m,) of features (n, D), in float64; of float32 piece by piece."""
+    if features.dtype == torch.float64:
+        return standardisation(features[place])
+    parts = [place[rows] for rows in pieces(features) if rows.start < len(place)]
+    mean = sum(features[part].double().sum(0) for part in parts) / len(place)
+    squares = sum((features[part].double() - mean).square().sum(0) for part in parts)
+    return mean, _usable((squares / len(place)).sqrt(), mean)
 
 
 def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Give mean and deviation along the first axis; 1 for what is constant."""
-    mean, deviation = rows.mean(0), rows.std(0, correction=0)
-    return mean, torch.where(deviation > 1e-8 * (1 + mean.abs()), deviation, 1.0)
+    mean = rows.mean(0)
+    return mean, _usable(rows.std(0, correction=0), mean)
+
+
+def _usable(deviation: Tensor, mean: Tensor) -> Tensor:
+    return torch.where(deviation > 1e-8 * (1 + mean.abs()), deviation, 1.0)
 
 
 def knn(

@@ -157,7 +157,7 @@ def opened(place: Path, is_new: bool) -> ClipFeatures:
 
     def array(name: str) -> NDArray | None:
         path = place / f"{name}.npy"
-        return np.load(path, mmap_mode="r") if path.is_file() and path.stat().st_size else None
+        return np.load(path, mmap_mode="c") if path.is_file() and path.stat().st_size else None
 
     offsets = np.concatenate([[0], np.cumsum(array("segments"))]).astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(array("num_moments"))]).astype(np.int64)
