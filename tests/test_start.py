@@ -7,7 +7,7 @@ from exported import encoder_of, export
 from audiossl.errors import UserError
 from audiossl.features.levels import free_length
 from audiossl.pretrained import PretrainedEncoder
-from audiossl.tuning.start import length_for, opener, start_of, write_start
+from audiossl.tuning.start import Init, length_for, start_of, write_start
 from audiossl.weights.export import load_encoder
 
 
@@ -25,7 +25,7 @@ def exports(tmp_path_factory):
 def starting_point(config, folder, seed, *, clip_seconds):
     folder.mkdir(exist_ok=True)
     path = start_of(config, folder, seed)
-    write_start(config, opener(config["init"]), path, seed, clip_seconds=clip_seconds, keep=config["ckpt"] is not None)
+    write_start(config, Init(config["init"]), path, seed, clip_seconds=clip_seconds, keep=config["ckpt"] is not None)
     return load_encoder(path)
 
 

@@ -64,10 +64,10 @@ class Logistic:
         penalty = self.l2[which] / total
         loss = (weights * losses).sum((1, 2)) / total + penalty / 2 * points[:, :-1].square().sum((1, 2))
         intercept = residual.sum(1)
-        by_feature = transposed_product(self.features, residual.transpose(0, 1).flatten(1)).unflatten(
-            1, (len(which), -1)
+        by_feature = transposed_product(self.features, residual.transpose(0, 1).flatten(1))
+        by_feature = (
+            by_feature.unflatten(1, (len(which), -1)).transpose(0, 1) - self.mean[which, :, None] * intercept[:, None]
         )
-        by_feature = by_feature.transpose(0, 1) - self.mean[which, :, None] * intercept[:, None]
         coefficients = by_feature / self.deviation[which, :, None] + penalty[:, None, None] * points[:, :-1]
         return loss, torch.cat([coefficients, intercept[:, None]], dim=1).flatten(1)
 
@@ -81,9 +81,7 @@ def pieces(features: Tensor) -> list[slice]:
 
 def product(features: Tensor, matrix: Tensor) -> Tensor:
     """Multiply (n, D) with (D, m), float64."""
-    return torch.cat(
-        [features[rows].double() @ matrix for rows in pieces(features)] or [matrix.new_zeros(0, matrix.shape[1])]
-    )
+    return torch.cat([matrix.new_zeros(0, matrix.shape[1]), *(features[r].double() @ matrix for r in pieces(features))])
 
 
 def transposed_product(features: Tensor, matrix: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ def send_beside(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str
         sent = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     now.wait_stream(copies)
     for tensor in sent.values():
-        tensor.record_stream(
-            now
-        )  # its memory, which is the copies' own, is not used again before `now` is done with it
+        tensor.record_stream(now)  # else the copies' stream might use its memory again before `now` is done with it
     return sent
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from audiossl.training import fit as train
 from audiossl.tuning.choosing import chosen, metric_of
 from audiossl.tuning.judging import check_kind, classifier_of, judge_fold
 from audiossl.tuning.predictions import ARRAYS, read_tested
-from audiossl.tuning.start import opener, start_of, write_start
+from audiossl.tuning.start import Init, start_of, write_start
 from audiossl.tuning.targets import ClipTargets, EventTargets
 from audiossl.tuning.testing import Testing
 from audiossl.tuning.writing import write_run
@@ -53,9 +52,9 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises `UserError` for what the user can mend, `Preempted` (a `SystemExit` with code 75 or 130) when asked to leave.
     """
-    run_dir, testing, opened = Path(config["run_dir"]), Testing(**config["test"]), opener(config["init"])
+    run_dir, testing, init = Path(config["run_dir"]), Testing(**config["test"]), Init(config["init"])
     if config["ckpt"] is None or not start_of(config, run_dir, _seeds(config)[0]).exists():
-        opened()  # before the set is packed, which may take hours
+        init.open()  # before the set is packed, which may take hours
     task = load_task(**config["task"])
     if config["model"]["loss"] == "auto":
         one_of_many = task.kind == "multiclass" and config["model"]["level"] == "clip"
@@ -68,7 +67,7 @@ def fit(config: dict[str, Any]) -> dict[str, Any]:
         log.warning("evaluate=true tests every fold, also what the classifier may have learned from; see task.folds")
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        return _fit(config, task, testing, opened, run_dir, goes_on=goes_on)
+        return _fit(config, task, testing, init, run_dir, goes_on=goes_on)
     except UserError:
         if is_first_rank() and not _has_begun(run_dir):
             (run_dir / SETTINGS).unlink(missing_ok=True)  # it is no run, and the mended command takes the same folder
@@ -83,17 +82,19 @@ def _fit(
     config: dict[str, Any],
     task: Task,
     testing: Testing,
-    opened: Callable[[], PretrainedEncoder],
+    init: Init,
     run_dir: Path,
     *,
     goes_on: bool,
 ) -> dict[str, Any]:
     tested, seeds = [], _seeds(config)
-    for seed in seeds:
-        start = start_of(config, run_dir, seed)
-        with others_wait():
-            if is_first_rank():
-                write_start(config, opened, start, seed, clip_seconds=usual_seconds(task), keep=goes_on)
+    starts = {seed: start_of(config, run_dir, seed) for seed in seeds}
+    with others_wait():
+        if is_first_rank():
+            for start, seed in {start: seed for seed, start in starts.items()}.items():
+                write_start(config, init, start, seed, clip_seconds=usual_seconds(task), keep=goes_on)
+    init.close()
+    for seed, start in starts.items():
         model = load_encoder(start)
         if is_first_rank() and seed == seeds[0]:
             about = yaml.safe_dump(mask(config) | {"task_hash": task.hash}, sort_keys=False)

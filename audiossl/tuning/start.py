@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,34 @@ def start_of(config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     return folder / (f"start-seed{seed}.safetensors" if has_several else "start.safetensors")
 
 
-def opener(init: str) -> Callable[[], PretrainedEncoder]:
-    """Make what opens `init` when it is first called; raises `UserError` then, for what cannot be opened."""
-    return cache(lambda: _opened(init.removeprefix(UNTRAINED)))
+class Init:
+    """Open `init` once, before anything takes long, and let go of it when all that starts from it is written."""
+
+    def __init__(self, init: str):
+        self.init = init
+        self._model: PretrainedEncoder | None = None
+
+    def open(self) -> PretrainedEncoder:
+        """Give the model; raise `UserError` for what cannot be opened."""
+        if self._model is None:
+            self._model = _opened(self.init.removeprefix(UNTRAINED))
+        return self._model
+
+    def close(self) -> None:
+        """Keep no model in memory for as long as a training lasts."""
+        self._model = None
 
 
 def write_start(
     config: Mapping[str, Any],
-    opened: Callable[[], PretrainedEncoder],
+    init: Init,
     path: Path,
     seed: int,
     *,
     clip_seconds: float,
     keep: bool,
 ) -> None:
-    """Fit `init`, `opened`, to the clip length and normalisation that the config asks for, and export it to `path`.
+    """Fit `init` to the clip length and normalisation that the config asks for, and export it to `path`.
 
     `clip_seconds` is how long the set's clips usually are, for `frontend.seconds=clips`: see `length_for`.
     `untrained:` before it draws all weights anew, from `seed`. `keep`: an export that a resumed run finds there stays.
@@ -59,7 +71,7 @@ def write_start(
     """
     if keep and path.exists():
         return
-    model = opened()
+    model = init.open()
     if config["init"].startswith(UNTRAINED):
         model = untrained(model, seed)
     chunked = config["model"]["chunk_frames"] is not None

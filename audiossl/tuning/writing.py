@@ -33,19 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAID = (
-    "init",
-    "seed",
-    "seeds",
-    "task",
-    "frontend",
-    "model",
-    "optim",
-    "data",
-    "swa",
-    "stopping",
-    "test",
-)  # of the config
+SAID = ("init", "seed", "seeds", "task", "frontend", "model", "optim", "data", "swa", "stopping", "test")  # sections
 
 
 def write_run(
