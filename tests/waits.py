@@ -15,8 +15,7 @@ ASKING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_selec
 ASKING |= {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}  # where a mask's places have to be counted
 READING = {"tolist", "numpy", "cpu"}  # of tensors on the host no operation tells
-# what these read lies on the host wherever the model is; the last one computes a length there, in torchaudio
-ON_THE_HOST = ("audiossl/stepping/", "audiossl/noise.py", "audiossl/sound/waveform.py")
+ON_THE_HOST = ("audiossl/stepping/", "audiossl/noise.py")  # what these read lies there wherever the model is
 
 
 class _Operations(TorchDispatchMode):
